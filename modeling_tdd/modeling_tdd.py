@@ -1,0 +1,835 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""TDD models: an image encoder, its prefix, a denoiser of noisy one-hot tokens, and the heads.
+
+Data flows one way: pixel values -> encoder -> prefix -> denoiser <-> diffusion step -> tokens. The prefix attends to
+itself alone, so its keys and values are computed once an image, and every diffusion step, every one of the K training
+timesteps and every noise sample reads them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tdd import TDDConfig, check_range
+from .diffusion_tdd import (
+    GaussianCorruption,
+    MaskCorruption,
+    alpha_bar_schedule,
+    apply_guidance,
+    denoise,
+    guidance_scale_at,
+    noise_factor,
+    training_timesteps,
+)
+
+
+logger = logging.get_logger(__name__)
+
+KeyValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass
+class TDDModelOutput(ModelOutput):
+    r"""
+    Output of [`TDDModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`):
+            The denoiser's output for the noisy tokens.
+        prefix_key_values (`tuple[tuple[torch.FloatTensor, torch.FloatTensor], ...]`):
+            Keys and values of the image's prefix, a pair a denoiser layer, each of shape
+            `(batch_size, num_attention_heads, prefix_length, head_dim)`. Pass them back in place of `pixel_values`
+            to denoise again without encoding the image again.
+        hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_hidden_states=True`):
+            The noisy tokens before the denoiser's first layer and after each layer.
+        attentions (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_attentions=True`):
+            Attention weights of the noisy tokens over prefix and noisy tokens, one tensor a denoiser layer, each of
+            shape `(batch_size, num_attention_heads, num_tokens, prefix_length + num_tokens)`.
+        encoder_last_hidden_state (`torch.FloatTensor`, *optional*, with `pixel_values`):
+            The encoder's features: of shape `(batch_size, num_patches, encoder_hidden_size)`, or
+            `(batch_size, 1, encoder_hidden_size)` where they are pooled.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    prefix_key_values: KeyValues | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class TDDImageClassifierOutput(ModelOutput):
+    r"""
+    Output of [`TDDForImageClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
+            In training mode the weighted diffusion loss; in eval mode the cross-entropy of `logits`.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
+            In eval mode the scores of the last denoising step. In training mode their mean over the K timesteps.
+        trajectory (`torch.FloatTensor` of shape `(batch_size, num_inference_steps, num_labels)`, *optional*):
+            With `output_trajectory=True`, the predicted probabilities at each denoising step (Fig. 6), float32.
+        hidden_states, attentions:
+            As in [`TDDModelOutput`], of the last denoising step; in training one row a timestep of an image.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    trajectory: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# ---- Denoiser
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention, the one that returns its weights. Shapes: (batch, heads, length, head_dim)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class TDDAttention(nn.Module):
+    """Self-attention whose keys and values may start with those of a prefix."""
+
+    is_causal = False
+
+    def __init__(self, config: TDDConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split_heads(self.k_proj(hidden_states)), self._split_heads(self.v_proj(hidden_states))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            self._split_heads(self.q_proj(hidden_states)),
+            *key_value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
+
+
+class TDDMLP(nn.Module):
+    """Two linear layers around an activation: the layers' feed-forward network, and the connector."""
+
+    def __init__(self, in_size: int, inner_size: int, out_size: int, hidden_act: str):
+        super().__init__()
+        self.fc1 = nn.Linear(in_size, inner_size)
+        self.activation_fn = ACT2FN[hidden_act]
+        self.fc2 = nn.Linear(inner_size, out_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class TDDLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer layer; it returns its keys and values, for a prefix to be read by the noisy tokens."""
+
+    def __init__(self, config: TDDConfig):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = TDDAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TDDMLP(config.hidden_size, config.intermediate_size, config.hidden_size, config.hidden_act)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        prefix_key_value: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        key_value_only: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        normed = self.layernorm_before(hidden_states)
+        key_value = self.attention.key_value(normed)
+        if key_value_only:  # the last layer's view of the prefix: nothing reads more of it
+            return hidden_states, key_value
+        if prefix_key_value is not None:
+            key_value = tuple(torch.cat(pair, dim=2) for pair in zip(prefix_key_value, key_value))
+        attended, _ = self.attention(normed, key_value, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states, key_value
+
+
+class TDDTimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (rows,) -> (rows, hidden_size)."""
+
+    frequency_size = 256
+    max_period = 10_000
+
+    def __init__(self, config: TDDConfig):
+        super().__init__()
+        # The sinusoids span the same range whatever T, so that a model's T does not change its features.
+        self.scale = 1000 / config.num_timesteps
+        self.mlp = TDDMLP(self.frequency_size, config.hidden_size, config.hidden_size, "silu")
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = self.frequency_size // 2
+        exponent = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+        angles = self.scale * timesteps[:, None].float() * torch.exp(-math.log(self.max_period) * exponent)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoids.to(self.mlp.fc1.weight.dtype))
+
+
+class TDDPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of all TDD models."""
+
+    config: TDDConfig
+    config_class = TDDConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TDDLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _input_embed_layer = "token_embedding"
+    # Our losses are means over a batch: Trainer must average them over accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TDDDenoiser):
+            for parameter in (module.position_embeddings, module.null_prefix, module.mask_embedding):
+                if parameter is not None:
+                    init.normal_(parameter, std=self.config.initializer_range)
+            init.copy_(module.alpha_bar, module.make_alpha_bar())
+
+    @classmethod
+    def from_encoder_pretrained(
+        cls, encoder_name_or_path: str, *, encoder_kwargs: dict[str, Any] | None = None, **config_kwargs: Any
+    ) -> "TDDPreTrainedModel":
+        r"""
+        A new model around a pretrained image encoder.
+
+        Args:
+            encoder_name_or_path (`str`):
+                A model id or folder of any vision model of Transformers. Of a two-tower model (CLIP, SigLIP) the
+                vision tower is taken.
+            encoder_kwargs (`dict`, *optional*):
+                Arguments of the encoder's `from_pretrained`, such as `revision` or `dtype`.
+            config_kwargs:
+                Fields of [`TDDConfig`], such as `num_labels=10` or `pooling="mean"`.
+
+        Raises:
+            `ValueError`: if the pretrained encoder lacks weights that the model needs.
+
+        Example:
+
+        ```python
+        >>> model = TDDForImageClassification.from_encoder_pretrained("facebook/dinov2-base", num_labels=10)
+        ```"""
+        encoder_kwargs = encoder_kwargs or {}
+        pretrained_config = AutoConfig.from_pretrained(encoder_name_or_path, **encoder_kwargs)
+        vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
+        model = cls(TDDConfig(vision_config=vision_config, **config_kwargs))
+        encoder = getattr(model, cls.base_model_prefix, model).encoder
+        pretrained = type(encoder).from_pretrained(encoder_name_or_path, config=vision_config, **encoder_kwargs)
+        missing = encoder.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
+        if missing:
+            raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {missing}.")
+        return model.to(pretrained.dtype)
+
+    def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
+        """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
+        silently skip an encoder saved under its original ones."""
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class TDDDenoiser(TDDPreTrainedModel):
+    """Predicts clean tokens from noisy ones, the timestep and the prefix: f(y_t, t, c) of Section 3.2, less its head."""
+
+    _can_record_outputs = {"hidden_states": TDDLayer, "attentions": TDDAttention}
+
+    def __init__(self, config: TDDConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_embedding = nn.Embedding(config.num_categories, width)  # W: y_t W is what the denoiser reads
+        self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.position_embeddings = nn.Parameter(torch.zeros(config.max_position_embeddings, width))
+        self.time_embedding = TDDTimestepEmbedding(config)
+        self.null_prefix = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_embedding = nn.Parameter(torch.zeros(width)) if config.corruption == "mask" else None
+        self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.register_buffer("alpha_bar", self.make_alpha_bar(), persistent=False)
+        self._cached_factor: tuple[tuple, Tensor] | None = None
+        self.post_init()
+
+    def make_alpha_bar(self) -> Tensor:
+        """The schedule as a fresh tensor of shape `(num_timesteps + 1,)`."""
+        config = self.config
+        return alpha_bar_schedule(
+            config.noise_schedule,
+            config.num_timesteps,
+            config.num_categories,
+            config.corruption,
+            float(config.one_hot_scale),
+        ).clone()
+
+    def corruption(self) -> GaussianCorruption | MaskCorruption:
+        """The diffusion process over this denoiser's token embeddings, as they are now."""
+        config, weight = self.config, self.token_embedding.weight
+        alpha_bar = self.alpha_bar.float()
+        if config.corruption == "mask":
+            return MaskCorruption(weight, self.mask_embedding, alpha_bar, config.loss_weighting)
+        dense = config.prediction_type == "epsilon"
+        factor = None if dense or self.training or torch.is_grad_enabled() else self._noise_factor(weight)
+        return GaussianCorruption(weight, alpha_bar, config.one_hot_scale, config.loss_weighting, dense, factor)
+
+    def _noise_factor(self, weight: Tensor) -> Tensor:
+        """`noise_factor(weight)`, computed once for weights that no longer change: it costs O(K d^2)."""
+        if weight.is_inference() or torch.compiler.is_compiling():
+            return noise_factor(weight)
+        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        if self._cached_factor is None or self._cached_factor[0] != key:
+            self._cached_factor = (key, noise_factor(weight))
+        return self._cached_factor[1]
+
+    def train(self, mode: bool = True) -> "TDDDenoiser":
+        self._cached_factor = None
+        return super().train(mode)
+
+    def drop_condition(self, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
+        r"""
+        Replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
+
+        Returns:
+            The prefix, of the same shape, and its mask of shape `(batch_size, prefix_length)`: a dropped row shows its
+            first token alone, since the null prefix is one token. For a prefix of one token the mask is `None`.
+        """
+        batch_size, prefix_length, _ = prefix.shape
+        dropped = torch.rand(batch_size, 1, 1, device=prefix.device) < self.config.condition_dropout
+        prefix = torch.where(dropped, self.null_prefix.to(prefix.dtype), prefix)
+        if prefix_length == 1:
+            return prefix, None
+        is_first = torch.arange(prefix_length, device=prefix.device) == 0
+        return prefix, (~dropped[..., 0] | is_first).long()
+
+    def encode_prefix(
+        self, prefix: Tensor, prefix_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> KeyValues:
+        r"""
+        Keys and values of a prefix, which attends to itself alone.
+
+        Args:
+            prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`):
+                The connected image tokens, or `null_prefix`.
+            prefix_mask (`torch.Tensor` of shape `(batch_size, prefix_length)`, *optional*):
+                1 for tokens to attend to, 0 for those to leave out.
+        """
+        attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
+        key_values = []
+        for index, layer in enumerate(self.layers):
+            is_last = index == len(self.layers) - 1
+            prefix, key_value = layer(prefix, None, attention_mask, key_value_only=is_last, **kwargs)
+            key_values.append(key_value)
+        return tuple(key_values)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        timesteps: Tensor,
+        prefix_key_values: KeyValues,
+        prefix_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(rows, num_tokens, hidden_size)`):
+                y_t W, the projected noisy tokens.
+            timesteps (`torch.LongTensor` of shape `(rows,)`):
+                Timesteps, 1 ... T.
+            prefix_key_values (`tuple`):
+                The prefix's keys and values, a pair a layer, of `rows` rows.
+            prefix_mask (`torch.Tensor` of shape `(rows, prefix_length)`, *optional*):
+                1 for prefix tokens to attend to, 0 for those to leave out.
+        """
+        num_tokens = inputs_embeds.shape[1]
+        hidden_states = self.input_norm(inputs_embeds) + self.position_embeddings[:num_tokens]
+        hidden_states = hidden_states + self.time_embedding(timesteps)[:, None]
+        attention_mask = None
+        if prefix_mask is not None:
+            key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
+            keys = hidden_states.new_empty(
+                *key_mask.shape, 0
+            )  # for its shape: noisy tokens attend to more than they are
+            attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
+        for layer, prefix_key_value in zip(self.layers, prefix_key_values):
+            hidden_states, _ = layer(hidden_states, prefix_key_value, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+# ---- Models
+
+
+class TDDModel(TDDPreTrainedModel):
+    r"""
+    The image encoder, the connector that makes its features the denoiser's prefix, and the denoiser, without a head.
+
+    Args:
+        config ([`TDDConfig`]): The configuration.
+        add_denoiser (`bool`, *optional*, defaults to `True`):
+            Whether there is a connector and a denoiser; the one-token MDD classifier has none.
+
+    Raises:
+        `ValueError`: if `pooling="cls"` and the encoder has no class token.
+    """
+
+    def __init__(self, config: TDDConfig, add_denoiser: bool = True):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.vision_config)
+        self._drop_unread_weights()
+        timm_model = getattr(self.encoder, "timm_model", None)
+        self.encoder_hidden_size = config.vision_config.hidden_size if timm_model is None else timm_model.num_features
+        self.num_special_tokens = self._count_special_tokens()
+        if config.pooling == "cls" and self.num_special_tokens == 0:
+            raise ValueError(
+                f"`pooling='cls'` needs an encoder with a class token, and `{config.vision_config.model_type}` has none. "
+                "Use `pooling='mean'`, or `None` for all tokens."
+            )
+        width = config.hidden_size
+        self.connector = TDDMLP(self.encoder_hidden_size, width, width, config.hidden_act) if add_denoiser else None
+        self.denoiser = TDDDenoiser(config) if add_denoiser else None
+        self.post_init()
+
+    def _drop_unread_weights(self) -> None:
+        """Parameters that no output of ours reads would get no gradient, which stops distributed training."""
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None
+        for name, parameter in self.encoder.named_parameters():
+            if name.endswith("mask_token"):
+                parameter.requires_grad_(False)
+
+    def _count_special_tokens(self) -> int:
+        """Class and register tokens in front of the encoder's patch tokens."""
+        timm_model = getattr(self.encoder, "timm_model", None)
+        if timm_model is not None:
+            return getattr(timm_model, "num_prefix_tokens", 0)
+        has_class_token = any(name.endswith("cls_token") for name, _ in self.encoder.named_parameters())
+        return 1 + getattr(self.config.vision_config, "num_register_tokens", 0) if has_class_token else 0
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return None if self.denoiser is None else self.denoiser.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.denoiser.token_embedding = value
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        r"""
+        The condition c of Section 3.3.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+                Images, as the image processor returns them.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, prefix_length, encoder_hidden_size)`; `prefix_length` is 1 where
+            `config.pooling` pools.
+
+        Raises:
+            `ValueError`: for a wrong number of dimensions or channels and, in training mode, for pixels that are not
+                finite. An encoder with a fixed image size raises for another size.
+        """
+        self._check_pixels(pixel_values)
+        tokens = self.encoder(pixel_values).last_hidden_state
+        if tokens.ndim == 4:  # a convolutional map; timm has encoders with channels first and last
+            channels_last = tokens.shape[-1] == self.encoder_hidden_size
+            tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
+        if self.config.pooling == "cls":
+            return tokens[:, :1]
+        if self.config.pooling == "mean":
+            return tokens[:, self.num_special_tokens :].mean(dim=1, keepdim=True)
+        return tokens
+
+    def _check_pixels(self, pixel_values: Tensor) -> None:
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given.")
+        channels = getattr(self.config.vision_config, "num_channels", 3)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"`pixel_values` must have shape (batch_size, {channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        if self.training and not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
+            bad = (~pixel_values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ValueError(f"`pixel_values` must be finite, got NaN or infinity in the images {bad} of the batch.")
+
+    def get_prefix(self, pixel_values: Tensor) -> Tensor:
+        """The denoiser's prefix of shape `(batch_size, prefix_length, hidden_size)`; see [`~get_image_features`]."""
+        return self.connector(self.get_image_features(pixel_values))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        timesteps: torch.LongTensor | None = None,
+        prefix_key_values: KeyValues | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TDDModelOutput:
+        r"""
+        One pass of the denoiser.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images. Needed unless `prefix_key_values` is given.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`, *optional*):
+                y_t W: the noisy tokens, projected. By default pure noise, always the same.
+            timesteps (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Timesteps, 1 ... T. T by default.
+            prefix_key_values (`tuple`, *optional*):
+                The images' keys and values from an earlier output, to skip the encoder.
+
+        Raises:
+            `ValueError`: if neither or both of `pixel_values` and `prefix_key_values` are given, or as in
+                [`~TDDModel.get_image_features`].
+        """
+        if self.denoiser is None:
+            raise ValueError("This model was made with `add_denoiser=False`: call `get_image_features`.")
+        if (pixel_values is None) == (prefix_key_values is None):
+            raise ValueError("Give either `pixel_values` or `prefix_key_values`, and not both.")
+        features = None
+        if prefix_key_values is None:
+            features = self.get_image_features(pixel_values)
+            prefix_key_values = self.denoiser.encode_prefix(self.connector(features))
+        key = prefix_key_values[0][0]
+        if inputs_embeds is None:
+            corruption = self.denoiser.corruption()
+            noise = corruption.draw_noise(1, self.config.max_position_embeddings, torch.Generator().manual_seed(0))
+            inputs_embeds = corruption.embed(corruption.start(noise)).expand(len(key), -1, -1)
+        if timesteps is None:
+            timesteps = torch.full((len(key),), self.config.num_timesteps, device=key.device)
+        outputs = self.denoiser(inputs_embeds, timesteps, prefix_key_values, **kwargs)
+        return TDDModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            prefix_key_values=prefix_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            encoder_last_hidden_state=features,
+        )
+
+
+def repeat_rows(key_values: KeyValues, repeats: int) -> KeyValues:
+    """Each row of a prefix's keys and values `repeats` times in succession."""
+    if repeats == 1:
+        return key_values
+    return tuple(tuple(states.repeat_interleave(repeats, dim=0) for states in pair) for pair in key_values)
+
+
+def expand_rows(key_values: KeyValues, rows: int) -> KeyValues:
+    """The keys and values of a prefix of one row, seen as those of `rows` rows."""
+    return tuple(tuple(states.expand(rows, -1, -1, -1) for states in pair) for pair in key_values)
+
+
+class TDDForImageClassification(TDDPreTrainedModel):
+    r"""
+    Image classification as the denoising of one label (Section 3.4).
+
+    In training mode with `labels`, `forward` returns the weighted loss over K timesteps an image. In eval mode it runs
+    the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer` work unchanged.
+    The result of an image depends neither on the other images of its batch nor on global random state.
+
+    With `config.corruption="mask"` it is the rival MDD, which for one token is a linear head on the encoder's features.
+    """
+
+    _tied_weights_keys = {"classifier.weight": "model.denoiser.token_embedding.weight"}
+
+    def __init__(self, config: TDDConfig):
+        super().__init__(config)
+        if config.vocab_size is not None or config.max_position_embeddings != 1 or config.pooling is None:
+            raise ValueError(
+                "A classifier diffuses one label from one pooled feature: it needs `vocab_size=None`, "
+                f"`max_position_embeddings=1` and `pooling` 'cls' or 'mean', got {config.vocab_size}, "
+                f"{config.max_position_embeddings} and {config.pooling!r}."
+            )
+        self.num_labels = config.num_labels
+        self.model = TDDModel(config, add_denoiser=config.corruption == "gaussian")
+        width = self.model.encoder_hidden_size if self.model.denoiser is None else config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.classifier
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        timesteps: torch.LongTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        sampling_strategy: str | None = None,
+        num_noise_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        output_trajectory: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TDDImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+                Images, as the image processor returns them.
+            labels (`torch.LongTensor` of shape `(batch_size,)` or `torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
+                Class indices, or class probabilities such as Mixup's.
+            timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*):
+                Training mode: timesteps in 1 ... T. Drawn if not given.
+            noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, noise_width)`, *optional*):
+                Training mode: the noise of each timestep, as [`GaussianCorruption.draw_noise`] draws it if not given.
+            num_inference_steps, guidance_scale, guidance_schedule, sampling_strategy, num_noise_samples (*optional*):
+                Eval mode: as in [`TDDConfig`], from which the defaults come.
+            generator (`torch.Generator`, *optional*):
+                Eval mode: source of the loop's noise. By default a fresh one with seed 0, so that calls agree.
+            output_trajectory (`bool`, *optional*, defaults to `False`):
+                Eval mode: whether to return the probabilities of each step.
+
+        Raises:
+            `ValueError`: for labels out of range or of a wrong shape, steps below 1 or above T, guidance below 1, and
+                pixels as in [`TDDModel.get_image_features`].
+
+        Example:
+
+        ```python
+        >>> outputs = model(**image_processor(image, return_tensors="pt"), num_inference_steps=20)
+        >>> model.config.id2label[outputs.logits.argmax(-1).item()]
+        ```"""
+        features = self.model.get_image_features(pixel_values)
+        if labels is not None:
+            self._check_labels(labels, features.shape[0])
+        if self.model.denoiser is None:
+            return self._classify_directly(features, labels, output_trajectory)
+        prefix = self.model.connector(features)
+        if self.training and labels is not None:
+            return self._diffusion_loss(prefix, labels, timesteps, noise, **kwargs)
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "sampling_strategy": sampling_strategy,
+            "num_noise_samples": num_noise_samples,
+        }
+        settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
+        outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
+        if labels is not None:
+            outputs.loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
+        return outputs
+
+    def _check_labels(self, labels: Tensor, batch_size: int) -> None:
+        soft = labels.is_floating_point()
+        expected = (batch_size, self.num_labels) if soft else (batch_size,)
+        if tuple(labels.shape) != expected:
+            raise ValueError(
+                f"`labels` must have shape ({batch_size},) with integers or ({batch_size}, {self.num_labels}) with "
+                f"probabilities, got {tuple(labels.shape)} of {labels.dtype}."
+            )
+        if not soft and not torch.compiler.is_compiling() and labels.numel() > 0:
+            low, high = labels.aminmax()
+            if low < 0 or high >= self.num_labels:
+                raise ValueError(f"`labels` must be in [0, {self.num_labels - 1}], got {low} to {high}.")
+
+    def _classify_directly(
+        self, features: Tensor, labels: Tensor | None, output_trajectory: bool
+    ) -> TDDImageClassifierOutput:
+        """MDD for one token: whatever the number of steps, there is one mask to replace."""
+        logits = self.classifier(features[:, 0])
+        loss = None
+        if labels is not None:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        trajectory = logits.float().softmax(-1)[:, None] if output_trajectory else None
+        return TDDImageClassifierOutput(loss=loss, logits=logits, trajectory=trajectory)
+
+    def _diffusion_loss(
+        self, prefix: Tensor, labels: Tensor, timesteps: Tensor | None, noise: Tensor | None, **kwargs: Any
+    ) -> TDDImageClassifierOutput:
+        """The loss of Section 3.2 with the K-fold feature reuse of Section 3.3."""
+        config, denoiser = self.config, self.model.denoiser
+        batch_size, repeats = len(labels), config.timesteps_per_image
+        # 1. Some conditions give way to the null condition; then each image's prefix is computed once
+        prefix, prefix_mask = denoiser.drop_condition(prefix)
+        key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
+        # 2. K noisy labels an image
+        if timesteps is None:
+            timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
+        corruption = denoiser.corruption()
+        noise = corruption.draw_noise(batch_size * repeats, 1) if noise is None else noise.flatten(0, 1)[:, None]
+        timesteps = timesteps.flatten()
+        targets = labels.repeat_interleave(repeats, dim=0)
+        inputs_embeds, weight = corruption.corrupt(targets[:, None], timesteps, noise)
+        # 3. Denoise and compare
+        outputs = denoiser(inputs_embeds, timesteps, key_values, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state)[:, 0].float()
+        if config.prediction_type == "epsilon":
+            losses = (logits - noise[:, 0]).square().mean(-1)
+        else:
+            losses = nn.functional.cross_entropy(
+                logits, targets, reduction="none", label_smoothing=config.label_smoothing
+            )
+        return TDDImageClassifierOutput(
+            loss=(weight[:, 0] * losses).mean(),
+            logits=logits.view(batch_size, repeats, -1).mean(1),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _denoise(
+        self,
+        prefix: Tensor,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_schedule: str,
+        sampling_strategy: str,
+        num_noise_samples: int,
+        generator: torch.Generator | None,
+        output_trajectory: bool,
+        **kwargs: Any,
+    ) -> TDDImageClassifierOutput:
+        """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
+        check_range("num_noise_samples", num_noise_samples, 1)
+        denoiser = self.model.denoiser
+        # 1. Keys and values, once for all steps
+        rows = len(prefix) * num_noise_samples
+        conditional = repeat_rows(denoiser.encode_prefix(prefix), num_noise_samples)
+        unconditional = None
+        if guidance_scale != 1:
+            unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), rows)
+        # 2. The loop
+        predictor = GuidedPredictor(
+            denoiser, self.classifier, conditional, unconditional, guidance_scale, guidance_schedule, kwargs
+        )
+        steps = denoise(
+            predictor,
+            predictor.corruption,
+            rows=rows,
+            num_tokens=1,
+            num_inference_steps=num_inference_steps,
+            sampling_strategy=sampling_strategy,
+            generator=torch.Generator().manual_seed(0) if generator is None else generator,
+            num_noise_samples=num_noise_samples,
+        )
+        trajectory, logits = [], None
+        for step in steps:
+            logits = average_samples(step.logits[:, 0], num_noise_samples)
+            if output_trajectory:
+                trajectory.append(logits.float().softmax(-1))
+        # 3. The last step's scores are the answer
+        return TDDImageClassifierOutput(
+            logits=logits,
+            trajectory=torch.stack(trajectory, dim=1) if output_trajectory else None,
+            hidden_states=predictor.outputs.hidden_states,
+            attentions=predictor.outputs.attentions,
+        )
+
+
+class GuidedPredictor:
+    """Scores over K categories from a state and its timestep: the denoiser, its head, and guidance (Algorithm 1)."""
+
+    def __init__(
+        self,
+        denoiser: TDDDenoiser,
+        head: nn.Module,
+        conditional: KeyValues,
+        unconditional: KeyValues | None,
+        guidance_scale: float,
+        guidance_schedule: str,
+        denoiser_kwargs: dict[str, Any],
+    ):
+        # Checked here and not at its first use: without guidance nothing else would look at them.
+        guidance_scale_at(guidance_schedule, guidance_scale, 0.0)
+        self.denoiser, self.head = denoiser, head
+        self.conditional, self.unconditional = conditional, unconditional
+        self.guidance_scale, self.guidance_schedule = guidance_scale, guidance_schedule
+        self.denoiser_kwargs = denoiser_kwargs
+        self.corruption = denoiser.corruption()
+        self.outputs: BaseModelOutput | None = None
+
+    def __call__(self, state: Tensor, timestep: int) -> Tensor:
+        """`state` as of the corruption; returns float32 scores of shape `(rows, num_tokens, K)`."""
+        config = self.denoiser.config
+        inputs_embeds = self.corruption.embed(state)
+        timesteps = torch.full((len(inputs_embeds),), timestep, device=inputs_embeds.device)
+        self.outputs = self.denoiser(inputs_embeds, timesteps, self.conditional, **self.denoiser_kwargs)
+        prediction = self.head(self.outputs.last_hidden_state).float()
+        if self.unconditional is not None:
+            progress = 1 - timestep / config.num_timesteps
+            scale = guidance_scale_at(self.guidance_schedule, self.guidance_scale, progress)
+            unguided = self.denoiser(inputs_embeds, timesteps, self.unconditional).last_hidden_state
+            prediction = apply_guidance(prediction, self.head(unguided).float(), scale)
+        if config.prediction_type == "epsilon":
+            # y_0 up to a positive factor, which no argmax sees: at t = T the factor is infinite.
+            return state - (1 - self.corruption.alpha_bar[timestep]).sqrt() * prediction
+        return prediction
+
+
+def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:
+    """Scores of the mean probabilities over an image's noise samples: (images * samples, K) -> (images, K)."""
+    if num_noise_samples == 1:
+        return logits
+    log_probabilities = logits.log_softmax(-1).view(-1, num_noise_samples, logits.shape[-1])
+    return log_probabilities.logsumexp(1) - math.log(num_noise_samples)
+
+
+__all__ = [
+    "TDDForImageClassification",
+    "TDDImageClassifierOutput",
+    "TDDModel",
+    "TDDModelOutput",
+    "TDDPreTrainedModel",
+]

@@ -1,0 +1,46 @@
+"""Package metadata. `pip install -e ".[train]"` to train, `".[test]"` to run the tests."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py").read_text(), re.MULTILINE)[1]
+
+TRAIN = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "pyyaml>=6.0",
+    "scikit-learn>=1.5",
+    "timm>=1.0.15",
+    "torchvision>=0.20",
+    "tqdm>=4.66",
+]
+TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
+
+setup(
+    name="modeling_tdd",
+    version=VERSION,
+    description="In-Situ Tweedie Discrete Diffusion (TDD) for Hugging Face Transformers",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["modeling_tdd", "modeling_tdd.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "huggingface_hub>=1.0",
+        "pillow>=10.0",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "transformers>=5.20,<6",
+    ],
+    extras_require={"train": TRAIN, "test": TEST, "demo": ["matplotlib>=3.8"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
