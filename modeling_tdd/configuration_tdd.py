@@ -204,7 +204,7 @@ class TDDConfig(PreTrainedConfig):
         check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
         if self.corruption == "mask" and self.prediction_type == "epsilon":
             raise ValueError(
-                "`prediction_type='epsilon'` needs `corruption='gaussian'`: a mask has no noise to regress."
+                "`prediction_type='epsilon'` needs `corruption='gaussian'`: masks are no noise to regress."
             )
 
     def validate_inference(self):

@@ -66,9 +66,9 @@ def alpha_bar_schedule(
     For `corruption="gaussian"` it is the share of the signal's variance, and
     - `"linear"` is DDPM's, with betas from 1e-4 to 0.02 at T = 1000 and scaled likewise for other T;
     - `"cosine"` is that of improved DDPM, `cos^2`;
-    - `"calibrated"` makes the chance that `argmax(y_t)` is the token fall evenly in t, from 1 to 1 / K. In K dimensions
-      a one-hot vector drowns early: under `"cosine"` that chance is one half at t = 0.15 T for K = 30,522, so that
-      most steps see noise alone.
+    - `"calibrated"` makes the chance that `argmax(y_t)` is the token fall evenly in t, from 1 to 1 / K. In K
+      dimensions a one-hot vector drowns early: under `"cosine"` that chance is one half at t = 0.15 T for K = 30,522,
+      so that most steps see noise alone.
 
     For `corruption="mask"` it is the chance that a token is not masked: `1 - t / T` for `"linear"` and, since an
     unmasked token is always right, for `"calibrated"` too; `1 - sin(pi t / 2T)` for `"cosine"`, as in MaskGIT.
@@ -219,8 +219,8 @@ def noise_factor(weight: Tensor) -> Tensor:
     A matrix R with `R^T R = W^T W`: `z R` with standard normal `z` is distributed exactly as `epsilon W` with the
     K-wide noise `epsilon`, since both are Gaussian with mean zero and covariance `W^T W`.
 
-    With more categories than dimensions R is the transposed Cholesky factor of `W^T W` (d x d), so that the noise costs
-    O(d^2) a token and not O(K d). Otherwise R is W itself.
+    With more categories than dimensions R is the transposed Cholesky factor of `W^T W` (d x d), so that the noise
+    costs O(d^2) a token and not O(K d). Otherwise R is W itself.
 
     Args:
         weight (`torch.Tensor` of shape `(K, d)`):
@@ -247,8 +247,8 @@ class GaussianCorruption:
     TDD: Gaussian noise on one-hot vectors (Section 3.2), kept in the d-wide space that the denoiser reads.
 
     A state is `y_t W`. It is equal in distribution to adding K-wide noise to the one-hot vector and projecting, and
-    `dense=True` does precisely that: the reference in tests, and what regression on the K-wide noise needs. Then a state
-    is the K-wide `y_t`.
+    `dense=True` does precisely that: the reference in tests, and what regression on the K-wide noise needs. Then a
+    state is the K-wide `y_t`.
 
     Args:
         weight (`torch.Tensor` of shape `(K, d)`):
