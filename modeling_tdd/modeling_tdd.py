@@ -290,7 +290,7 @@ class TDDPreTrainedModel(PreTrainedModel):
 
 
 class TDDDenoiser(TDDPreTrainedModel):
-    """Predicts clean tokens from noisy ones, the timestep and the prefix: f(y_t, t, c) of Section 3.2, less its head."""
+    """Predicts clean tokens from noisy ones, timestep and prefix: f(y_t, t, c) of Section 3.2, less its head."""
 
     _can_record_outputs = {"hidden_states": TDDLayer, "attentions": TDDAttention}
 
@@ -440,8 +440,8 @@ class TDDModel(TDDPreTrainedModel):
         self.num_special_tokens = self._count_special_tokens()
         if config.pooling == "cls" and self.num_special_tokens == 0:
             raise ValueError(
-                f"`pooling='cls'` needs an encoder with a class token, and `{config.vision_config.model_type}` has none. "
-                "Use `pooling='mean'`, or `None` for all tokens."
+                "`pooling='cls'` needs an encoder with a class token, and "
+                f"`{config.vision_config.model_type}` has none. Use `pooling='mean'`, or `None` for all tokens."
             )
         width = config.hidden_size
         self.connector = TDDMLP(self.encoder_hidden_size, width, width, config.hidden_act) if add_denoiser else None
@@ -585,7 +585,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
     the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer` work unchanged.
     The result of an image depends neither on the other images of its batch nor on global random state.
 
-    With `config.corruption="mask"` it is the rival MDD, which for one token is a linear head on the encoder's features.
+    With `config.corruption="mask"` it is the rival MDD, for one token a linear head on the encoder's features.
     """
 
     _tied_weights_keys = {"classifier.weight": "model.denoiser.token_embedding.weight"}
@@ -627,8 +627,9 @@ class TDDForImageClassification(TDDPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images, as the image processor returns them.
-            labels (`torch.LongTensor` of shape `(batch_size,)` or `torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
-                Class indices, or class probabilities such as Mixup's.
+            labels (`torch.Tensor`, *optional*):
+                Class indices, int64 of shape `(batch_size,)`, or class probabilities such as Mixup's, float of shape
+                `(batch_size, num_labels)`.
             timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*):
                 Training mode: timesteps in 1 ... T. Drawn if not given.
             noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, noise_width)`, *optional*):
