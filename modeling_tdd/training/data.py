@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Data sets of images and labels, their augmentation, and their batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL import Image as PILImage
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from .recipe import AugmentationRecipe, DataRecipe
+
+
+Example = dict[str, Any]
+Batch = dict[str, Tensor]
+
+
+def load_digits_dataset() -> DatasetDict:
+    """scikit-learn's handwritten digits: 1,797 real images of 8x8, a fifth of each class held out as `validation`."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype("uint8")
+    order = range(len(images))
+    train, validation = train_test_split(order, test_size=0.2, random_state=0, stratify=digits.target)
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+
+    def split(indices: list[int]) -> Dataset:
+        pictures = [PILImage.fromarray(images[i]).convert("RGB") for i in indices]
+        labels = [int(digits.target[i]) for i in indices]
+        return Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+
+    return DatasetDict(train=split(train), validation=split(validation))
+
+
+def load_classification_data(recipe: DataRecipe) -> tuple[Dataset, Dataset, list[str]]:
+    r"""
+    Returns:
+        The training split, the evaluation split, each with the columns `image` and `label`, and the labels' names.
+
+    Raises:
+        `ValueError`: if a split or a column is missing, or the labels are not a `ClassLabel`.
+    """
+    if recipe.path == "digits":
+        data = load_digits_dataset()
+    else:
+        data = load_dataset(recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir)
+    for split in (recipe.train_split, recipe.eval_split):
+        if split not in data:
+            raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(data)}.")
+    columns = data[recipe.train_split].column_names
+    for column in (recipe.image_column, recipe.label_column):
+        if column not in columns:
+            raise ValueError(f"`{recipe.path}` has no column {column!r}; it has {', '.join(columns)}.")
+    names = getattr(data[recipe.train_split].features[recipe.label_column], "names", None)
+    if names is None:
+        raise ValueError(f"The column {recipe.label_column!r} must be a `datasets.ClassLabel`: cast it to one.")
+
+    def tidy(split: Dataset) -> Dataset:
+        split = split.select_columns([recipe.image_column, recipe.label_column])
+        return split.rename_columns({recipe.image_column: "image", recipe.label_column: "label"})
+
+    return tidy(data[recipe.train_split]), tidy(data[recipe.eval_split]), names
+
+
+def build_train_transform(recipe: AugmentationRecipe, image_processor: BaseImageProcessor) -> Callable[..., Tensor]:
+    """timm's training transform for a PIL image, normalised as the image processor does."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    return create_transform(
+        input_size=(3, size["height"], size["width"]),
+        is_training=True,
+        scale=tuple(recipe.scale),
+        ratio=tuple(recipe.ratio),
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.auto_augment,
+        re_prob=recipe.re_prob,
+        re_mode=recipe.re_mode,
+        re_count=recipe.re_count,
+        interpolation="bicubic",
+        mean=tuple(image_processor.image_mean),
+        std=tuple(image_processor.image_std),
+    )
+
+
+def build_mixup(recipe: AugmentationRecipe, num_labels: int) -> Mixup | None:
+    """timm's Mixup and CutMix, or `None` where both are off. Label smoothing is left to the model."""
+    if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+        prob=recipe.prob,
+        switch_prob=recipe.switch_prob,
+        mode=recipe.mode,
+        label_smoothing=0.0,
+        num_classes=num_labels,
+    )
+
+
+class TrainCollator:
+    """Augmented training batches: `pixel_values` and `labels` (probabilities where Mixup is on)."""
+
+    def __init__(self, transform: Callable[..., Tensor], mixup: Mixup | None = None):
+        self.transform = transform
+        self.mixup = mixup
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        pixel_values = torch.stack([self.transform(example["image"].convert("RGB")) for example in examples])
+        labels = torch.tensor([example["label"] for example in examples])
+        if self.mixup is not None:
+            pixel_values, labels = self.mixup(pixel_values, labels)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+class EvalCollator:
+    """Evaluation batches, made by the very image processor that is saved with the model."""
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        images = [example["image"].convert("RGB") for example in examples]
+        labels = torch.tensor([example["label"] for example in examples])
+        return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"], "labels": labels}

@@ -1,0 +1,155 @@
+"""Train image classifiers by a recipe, TDD and its rival MDD alike, and print their accuracies side by side.
+
+    python scripts/train_classification.py scripts/recipes/digits.yaml --methods tdd mdd --seeds 0 1 2
+
+Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor, pipeline
+
+from modeling_tdd import TDDConfig, TDDForImageClassification
+from modeling_tdd.training.data import (
+    EvalCollator,
+    TrainCollator,
+    build_mixup,
+    build_train_transform,
+    load_classification_data,
+)
+from modeling_tdd.training.loop import make_accelerator, make_loader, train
+from modeling_tdd.training.recipe import EvaluationRecipe, Recipe, load_recipe
+from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
+
+
+CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/digits.yaml")
+    parser.add_argument("--methods", nargs="+", choices=list(CORRUPTIONS), default=["tdd"], help="what to train")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
+    parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def accuracy(accelerator: Accelerator, model: TDDForImageClassification, loader: DataLoader, **settings: Any) -> float:
+    """Top-1 accuracy over a loader, all processes together."""
+    model.eval()
+    correct = total = 0
+    for batch in loader:
+        with accelerator.autocast():
+            logits = model(batch["pixel_values"], **settings).logits
+        hits = accelerator.gather_for_metrics(logits.argmax(-1) == batch["labels"])
+        correct, total = correct + hits.sum().item(), total + len(hits)
+    return correct / total
+
+
+def accuracy_grid(
+    accelerator: Accelerator, model: TDDForImageClassification, loader: DataLoader, grid: EvaluationRecipe
+) -> list[dict[str, float]]:
+    """Top-1 accuracy for each number of steps and each guidance scale. MDD has one step and no guidance."""
+    if model.config.corruption == "mask":
+        return [{"num_inference_steps": 1, "guidance_scale": 1.0, "top1": accuracy(accelerator, model, loader)}]
+    settings = [
+        {"num_inference_steps": steps, "guidance_scale": scale}
+        for scale in grid.guidance_scale
+        for steps in grid.num_inference_steps
+    ]
+    return [{**setting, "top1": accuracy(accelerator, model, loader, **setting)} for setting in settings]
+
+
+def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
+    """Trains one model, saves it to `folder`, and writes its accuracies to `folder/result.json` last."""
+    set_seed(seed)
+    accelerator = make_accelerator(recipe.training)
+    train_data, eval_data, names = load_classification_data(recipe.data)
+    image_processor = ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)
+    config = TDDConfig(
+        **recipe.model,
+        corruption=CORRUPTIONS[method],
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    model = TDDForImageClassification(config)
+    accelerator.print(f"{method}, seed {seed}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    collate = TrainCollator(
+        build_train_transform(recipe.augmentation, image_processor), build_mixup(recipe.augmentation, len(names))
+    )
+    train_loader = make_loader(accelerator, recipe.training, train_data, collate, shuffle=True, seed=seed)
+    eval_loader = make_loader(accelerator, recipe.training, eval_data, EvalCollator(image_processor), shuffle=False)
+    model = train(
+        accelerator,
+        recipe.training,
+        model,
+        train_loader,
+        evaluate=lambda model: accuracy(accelerator, model, eval_loader),
+        description=f"{method} seed {seed}",
+    )
+    grid = accuracy_grid(accelerator, model, eval_loader, recipe.evaluation)
+    if accelerator.is_main_process:
+        save_checkpoint(folder, model, image_processor)
+        result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "accuracy": grid}
+        write_json(folder / "result.json", result)
+    accelerator.wait_for_everyone()
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    """Top-1 in percent: a row a method and guidance scale, a column a number of steps; mean and spread over seeds."""
+    cells: dict[tuple[str, float], dict[int, list[float]]] = {}
+    for result in results:
+        for entry in result["accuracy"]:
+            row = cells.setdefault((result["method"], entry["guidance_scale"]), {})
+            row.setdefault(entry["num_inference_steps"], []).append(entry["top1"])
+    steps = sorted({steps for row in cells.values() for steps in row})
+    header = ["method", "guidance", *(f"{count} step{'s' if count > 1 else ''}" for count in steps)]
+    rows = [
+        [method, f"{scale:g}", *(mean_and_spread(row[count]) if count in row else "" for count in steps)]
+        for (method, scale), row in cells.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def show_prediction(folder: Path, eval_data: Dataset) -> None:
+    """Classifies a held-out image, as a file, with the saved checkpoint, as any user would."""
+    example = eval_data[0]
+    file = folder / "example.png"
+    example["image"].save(file)
+    top = pipeline("image-classification", model=str(folder))(str(file), top_k=1)[0]
+    label = eval_data.features["label"].int2str(example["label"])
+    print(f'\npipeline("image-classification", model="{folder}")("{file}")\n  -> {top}   (true label: {label})')
+
+
+def main() -> None:
+    args = parse_args()
+    recipe = load_recipe(args.recipe, args.set)
+    output_dir = args.output_dir or Path("outputs") / recipe.name
+    folders = {(m, s): output_dir / f"{m}-seed{s}" for m in args.methods for s in args.seeds}
+    for (method, seed), folder in folders.items():
+        if (folder / "result.json").exists():
+            print(f"{folder} is done already.")
+        else:
+            run(recipe, method, seed, folder)
+    if Accelerator().is_main_process:
+        results = [json.loads((folder / "result.json").read_text()) for folder in folders.values()]
+        table = result_table(results)
+        (output_dir / "results.md").write_text(table + "\n")
+        print(
+            f"\nTop-1 on held-out images, %, {len(args.seeds)} seed(s); also in {output_dir / 'results.md'}\n\n{table}"
+        )
+        show_prediction(next(iter(folders.values())), load_classification_data(recipe.data)[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Shared fixtures: tiny configurations and models that run in milliseconds, and deterministic seeds."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is imported: no test may reach the network
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTConfig
+
+from modeling_tdd import TDDConfig, TDDForImageClassification
+
+
+# At these sizes handing work to a second thread takes far longer than the work.
+torch.set_num_threads(1)
+
+# Weights larger than at a usual start, so that what a test compares differs by more than rounding.
+INITIALIZER_RANGE = 0.2
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vision_config() -> ViTConfig:
+    return ViTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=INITIALIZER_RANGE,
+    )
+
+
+@pytest.fixture
+def make_config(vision_config: ViTConfig) -> Callable[..., TDDConfig]:
+    """A function from fields of `TDDConfig` to a tiny configuration."""
+
+    def make(**fields: Any) -> TDDConfig:
+        defaults = {
+            "vision_config": vision_config,
+            "num_labels": 5,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "initializer_range": INITIALIZER_RANGE,
+            "num_timesteps": 20,
+            "timesteps_per_image": 3,
+        }
+        return TDDConfig(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config: Callable[..., TDDConfig]) -> Callable[..., TDDForImageClassification]:
+    """A function from fields of `TDDConfig` to a tiny classifier in eval mode."""
+
+    def make(**fields: Any) -> TDDForImageClassification:
+        return TDDForImageClassification(make_config(**fields)).eval()
+
+    return make
+
+
+@pytest.fixture
+def pixel_values() -> Tensor:
+    """Four images."""
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    """The labels of `pixel_values`."""
+    return torch.tensor([0, 3, 4, 1])
