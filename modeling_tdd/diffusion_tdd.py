@@ -393,7 +393,7 @@ class MaskCorruption:
         length = state.shape[1]
         num_visible = round(self.alpha_bar[next_timestep].item() * length)
         confidence = scores.masked_fill(~is_mask, float("inf"))  # what is visible ranks first
-        rank = confidence.argsort(-1, descending=True, stable=True).argsort(-1)
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return torch.where(is_mask & (rank < num_visible), tokens, state)
 
 
