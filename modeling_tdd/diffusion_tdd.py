@@ -64,7 +64,7 @@ def alpha_bar_schedule(
     The schedule `alpha_bar_t` for t = 0 ... T (Section 3.1), falling from 1 at t = 0.
 
     For `corruption="gaussian"` it is the share of the signal's variance, and
-    - `"linear"` is DDPM's, with betas from 1e-4 to 0.02 at T = 1000 and scaled likewise for other T;
+    - `"linear"` is DDPM's, 1,000 betas from 1e-4 to 0.02, of which other T take the value at the same t / T;
     - `"cosine"` is that of improved DDPM, `cos^2`;
     - `"calibrated"` makes the chance that `argmax(y_t)` is the token fall evenly in t, from 1 to 1 / K. In K
       dimensions a one-hot vector drowns early: under `"cosine"` that chance is one half at t = 0.15 T for K = 30,522,
@@ -97,8 +97,11 @@ def alpha_bar_schedule(
     if corruption == "mask":
         alpha_bar = 1 - torch.sin(0.5 * math.pi * progress) if noise_schedule == "cosine" else 1 - progress
     elif noise_schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64) * (1000 / num_timesteps)
-        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas.clamp(max=0.999)).cumprod(0)])
+        log_steps = torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+        log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_steps.cumsum(0)])
+        position = 1000 * progress
+        left = position.long().clamp(max=999)
+        alpha_bar = torch.lerp(log_alpha_bar[left], log_alpha_bar[left + 1], position - left).exp()
     elif noise_schedule == "cosine":
         offset = 0.008
         angle = 0.5 * math.pi / (1 + offset)
