@@ -450,6 +450,7 @@ def denoise(
         `ValueError`: if `num_inference_steps` is not in 1 ... T, or for an unknown `sampling_strategy`.
     """
     timesteps = inference_timesteps(len(corruption.alpha_bar) - 1, num_inference_steps)
+    check_choice("sampling_strategy", sampling_strategy, SAMPLING_STRATEGIES)
     images = rows // num_noise_samples
 
     def draw_noise() -> Tensor:
