@@ -32,7 +32,7 @@ def argmax_accuracy(signal: Tensor, num_categories: int) -> Tensor:
     Returns:
         `torch.Tensor`: float64 probabilities of `signal`'s shape, from 1 / K at `a = 0` to 1.
     """
-    z = torch.linspace(-9.0, 9.0, 901, dtype=torch.float64)
+    z = torch.linspace(-9.0, 9.0, 901, dtype=torch.float64, device=signal.device)
     density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     log_others_below = (num_categories - 1) * torch.special.log_ndtr(signal.double()[..., None] + z)
     return torch.trapezoid(density * log_others_below.exp(), z)
@@ -53,6 +53,7 @@ def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale
 
 
 @lru_cache(maxsize=64)
+@torch.device("cpu")  # whatever the default device: `from_pretrained` makes a model on the meta device
 def alpha_bar_schedule(
     noise_schedule: str,
     num_timesteps: int,

@@ -305,12 +305,12 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if config.corruption == "mask" else None
         self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.register_buffer("alpha_bar", self.make_alpha_bar(), persistent=False)
+        self.register_buffer("alpha_bar", self.make_alpha_bar().to(self.null_prefix.device), persistent=False)
         self._cached_factor: tuple[tuple, Tensor] | None = None
         self.post_init()
 
     def make_alpha_bar(self) -> Tensor:
-        """The schedule as a fresh tensor of shape `(num_timesteps + 1,)`."""
+        """The schedule as a fresh CPU tensor of shape `(num_timesteps + 1,)`."""
         config = self.config
         return alpha_bar_schedule(
             config.noise_schedule,
