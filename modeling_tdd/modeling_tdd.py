@@ -669,7 +669,9 @@ class TDDForImageClassification(TDDPreTrainedModel):
         settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
-            outputs.loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
+            # A new output: a field that was None when its output was made is no key of it, and Trainer looks for one.
+            loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
+            outputs = TDDImageClassifierOutput(loss=loss, **outputs)
         return outputs
 
     def _check_labels(self, labels: Tensor, batch_size: int) -> None:
