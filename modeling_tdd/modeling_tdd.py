@@ -277,10 +277,13 @@ class TDDPreTrainedModel(PreTrainedModel):
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
         model = cls(TDDConfig(vision_config=vision_config, **config_kwargs))
         encoder = getattr(model, cls.base_model_prefix, model).encoder
-        pretrained = type(encoder).from_pretrained(encoder_name_or_path, config=vision_config, **encoder_kwargs)
-        missing = encoder.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
+        pretrained, info = type(encoder).from_pretrained(
+            encoder_name_or_path, config=vision_config, output_loading_info=True, **encoder_kwargs
+        )
+        missing = set(encoder.load_state_dict(pretrained.state_dict(), strict=False).missing_keys)
+        missing |= info["missing_keys"] & encoder.state_dict().keys()  # what `from_pretrained` drew at random
         if missing:
-            raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {missing}.")
+            raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {sorted(missing)}.")
         return model.to(pretrained.dtype)
 
     def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
