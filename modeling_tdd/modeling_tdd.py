@@ -455,8 +455,10 @@ class TDDModel(TDDPreTrainedModel):
         """Parameters that no output of ours reads would get no gradient, which stops distributed training."""
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
+        # timm's heads, without a classifier, keep a norm or an attention pooling behind the tokens that we read
+        heads = ("timm_model.head.", "timm_model.fc_norm.", "timm_model.attn_pool.")
         for name, parameter in self.encoder.named_parameters():
-            if name.endswith("mask_token"):
+            if name.endswith("mask_token") or name.startswith(heads):
                 parameter.requires_grad_(False)
 
     def _count_special_tokens(self) -> int:
