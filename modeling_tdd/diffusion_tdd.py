@@ -53,7 +53,6 @@ def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale
 
 
 @lru_cache(maxsize=64)
-@torch.device("cpu")  # whatever the default device: `from_pretrained` makes a model on the meta device
 def alpha_bar_schedule(
     noise_schedule: str,
     num_timesteps: int,
@@ -94,23 +93,25 @@ def alpha_bar_schedule(
     """
     check_choice("noise_schedule", noise_schedule, NOISE_SCHEDULES)
     check_range("num_timesteps", num_timesteps, 1)
-    progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    if corruption == "mask":
-        alpha_bar = 1 - torch.sin(0.5 * math.pi * progress) if noise_schedule == "cosine" else 1 - progress
-    elif noise_schedule == "linear":
-        log_steps = torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-        log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_steps.cumsum(0)])
-        position = 1000 * progress
-        left = position.long().clamp(max=999)
-        alpha_bar = torch.lerp(log_alpha_bar[left], log_alpha_bar[left + 1], position - left).exp()
-    elif noise_schedule == "cosine":
-        offset = 0.008
-        angle = 0.5 * math.pi / (1 + offset)
-        alpha_bar = (torch.cos((progress + offset) * angle) / math.cos(offset * angle)) ** 2
-    else:
-        check_range("num_categories", num_categories, 2)
-        alpha_bar = _calibrated_alpha_bar(num_timesteps, num_categories, one_hot_scale)
-    return alpha_bar.clamp(0, 1).float()
+    # Whatever the default device: `from_pretrained` makes its model on the meta device.
+    with torch.device("cpu"):
+        progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        if corruption == "mask":
+            alpha_bar = 1 - torch.sin(0.5 * math.pi * progress) if noise_schedule == "cosine" else 1 - progress
+        elif noise_schedule == "linear":
+            log_steps = torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+            log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_steps.cumsum(0)])
+            position = 1000 * progress
+            left = position.long().clamp(max=999)
+            alpha_bar = torch.lerp(log_alpha_bar[left], log_alpha_bar[left + 1], position - left).exp()
+        elif noise_schedule == "cosine":
+            offset = 0.008
+            angle = 0.5 * math.pi / (1 + offset)
+            alpha_bar = (torch.cos((progress + offset) * angle) / math.cos(offset * angle)) ** 2
+        else:
+            check_range("num_categories", num_categories, 2)
+            alpha_bar = _calibrated_alpha_bar(num_timesteps, num_categories, one_hot_scale)
+        return alpha_bar.clamp(0, 1).float()
 
 
 def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps: int, device: torch.device) -> Tensor:
