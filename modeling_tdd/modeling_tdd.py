@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tdd import TDDConfig, check_range
+from .configuration_tdd import GUIDANCE_SCHEDULES, SAMPLING_STRATEGIES, TDDConfig, check_choice, check_range
 from .diffusion_tdd import (
     GaussianCorruption,
     MaskCorruption,
@@ -656,28 +656,40 @@ class TDDForImageClassification(TDDPreTrainedModel):
         >>> outputs = model(**image_processor(image, return_tensors="pt"), num_inference_steps=20)
         >>> model.config.id2label[outputs.logits.argmax(-1).item()]
         ```"""
+        is_loss_only = self.training and labels is not None
+        settings = None
+        if not is_loss_only:
+            settings = self._resolve_settings(
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_schedule=guidance_schedule,
+                sampling_strategy=sampling_strategy,
+                num_noise_samples=num_noise_samples,
+            )
         features = self.model.get_image_features(pixel_values)
         if labels is not None:
             self._check_labels(labels, features.shape[0])
         if self.model.denoiser is None:
             return self._classify_directly(features, labels, output_trajectory)
         prefix = self.model.connector(features)
-        if self.training and labels is not None:
+        if is_loss_only:
             return self._diffusion_loss(prefix, labels, timesteps, noise, **kwargs)
-        settings = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "sampling_strategy": sampling_strategy,
-            "num_noise_samples": num_noise_samples,
-        }
-        settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
             # A new output: a field that was None when its output was made is no key of it, and Trainer looks for one.
             loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
             outputs = TDDImageClassifierOutput(loss=loss, **outputs)
         return outputs
+
+    def _resolve_settings(self, **settings: Any) -> dict[str, Any]:
+        """Takes what is not given from the configuration, and checks all of it before anything is computed."""
+        settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
+        check_range("num_inference_steps", settings["num_inference_steps"], 1, self.config.num_timesteps)
+        check_range("guidance_scale", settings["guidance_scale"], 1)
+        check_choice("guidance_schedule", settings["guidance_schedule"], GUIDANCE_SCHEDULES)
+        check_choice("sampling_strategy", settings["sampling_strategy"], SAMPLING_STRATEGIES)
+        check_range("num_noise_samples", settings["num_noise_samples"], 1)
+        return settings
 
     def _check_labels(self, labels: Tensor, batch_size: int) -> None:
         soft = labels.is_floating_point()
@@ -750,7 +762,6 @@ class TDDForImageClassification(TDDPreTrainedModel):
         **kwargs: Any,
     ) -> TDDImageClassifierOutput:
         """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
-        check_range("num_noise_samples", num_noise_samples, 1)
         denoiser = self.model.denoiser
         # 1. Keys and values, once for all steps
         rows = len(prefix) * num_noise_samples
@@ -799,8 +810,6 @@ class GuidedPredictor:
         guidance_schedule: str,
         denoiser_kwargs: dict[str, Any],
     ):
-        # Checked here and not at its first use: without guidance nothing else would look at them.
-        guidance_scale_at(guidance_schedule, guidance_scale, 0.0)
         self.denoiser, self.head = denoiser, head
         self.conditional, self.unconditional = conditional, unconditional
         self.guidance_scale, self.guidance_schedule = guidance_scale, guidance_schedule
