@@ -1,0 +1,792 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the models: sizes, losses, determinism, saving, encoders, and what they refuse."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    Dinov2Config,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+    pipeline,
+)
+
+from modeling_tdd import TDDConfig, TDDForImageClassification, TDDModel
+from modeling_tdd.diffusion_tdd import alpha_bar_schedule, noise_factor
+
+
+MakeConfig = Callable[..., TDDConfig]
+MakeModel = Callable[..., TDDForImageClassification]
+
+VISION_SIZES = {"image_size": 16, "patch_size": 4}
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+# (vision_config, pooling, image size). The last two are timm's: a ViT, and a network without a class token.
+ENCODERS = {
+    "vit": (ViTConfig(**VISION_SIZES, **WIDTHS, intermediate_size=64), "cls", 16),
+    "vit-mean": (ViTConfig(**VISION_SIZES, **WIDTHS, intermediate_size=64), "mean", 16),
+    "dinov2": (Dinov2Config(**VISION_SIZES, **WIDTHS, mlp_ratio=2), "cls", 16),
+    "siglip": (SiglipVisionConfig(**VISION_SIZES, **WIDTHS, intermediate_size=64), "mean", 16),
+    "timm-vit": (TimmWrapperConfig(architecture="test_vit", model_args={"img_size": 32}), "cls", 32),
+    "timm-resnet": (TimmWrapperConfig(architecture="test_resnet"), "mean", 64),
+    "timm-convnext": (TimmWrapperConfig(architecture="test_convnext"), "mean", 64),
+}
+
+
+def num_parameters(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    """A list of one number: how often `module` has run since."""
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    module.register_forward_hook(count)
+    return calls
+
+
+# ---- Sizes
+
+
+def test_parameter_counts_are_the_papers() -> None:
+    """Section 4.1: 87 M and 24 M, together 111 M, for ViT-B/16 at 224 with 1,000 classes."""
+    million = 1e6
+    with torch.device("meta"):
+        tdd = TDDForImageClassification(TDDConfig(num_labels=1000))
+        mdd = TDDForImageClassification(TDDConfig(num_labels=1000, corruption="mask"))
+    assert tdd.config.vision_config.image_size == 224 and tdd.config.vision_config.patch_size == 16
+    assert num_parameters(tdd.model.encoder, tdd.model.connector) == pytest.approx(87 * million, abs=million)
+    assert num_parameters(tdd.model.denoiser, tdd.classifier) == pytest.approx(24 * million, abs=million)
+    assert num_parameters(tdd) == pytest.approx(111 * million, abs=million)
+    assert num_parameters(mdd) == pytest.approx(87 * million, abs=million)
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+def test_feature_reuse_equals_repeating_the_image(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor, prediction_type: str
+) -> None:
+    reusing = make_model(condition_dropout=0.0, prediction_type=prediction_type).train()
+    repeating = copy.deepcopy(reusing)
+    repeating.config.timesteps_per_image = 1
+    timesteps = torch.tensor([[1, 5, 9], [2, 20, 3], [4, 8, 12], [19, 7, 6]])
+    noise = torch.randn(4, 3, 5)
+    encoder_calls = count_calls(reusing.model.encoder)
+
+    reused = reusing(pixel_values, labels, timesteps=timesteps, noise=noise)
+    repeated = repeating(
+        pixel_values.repeat_interleave(3, dim=0),
+        labels.repeat_interleave(3),
+        timesteps=timesteps.view(12, 1),
+        noise=noise.view(12, 1, 5),
+    )
+    assert encoder_calls == [1]
+    torch.testing.assert_close(reused.loss, repeated.loss)
+    torch.testing.assert_close(reused.logits, repeated.logits.view(4, 3, 5).mean(1))
+    reused.loss.backward()
+    repeated.loss.backward()
+    torch.testing.assert_close(gradients(reusing), gradients(repeating), rtol=1e-4, atol=1e-6)
+    assert reusing.model.encoder.embeddings.cls_token.grad.abs().sum() > 0
+
+
+def test_loss_by_hand(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
+    """One timestep an image, so that `logits` are the very scores that the loss compares."""
+    model = make_model(condition_dropout=0.0, timesteps_per_image=1).train()
+    timesteps = torch.tensor([[1], [6], [11], [20]])
+    outputs = model(pixel_values, labels, timesteps=timesteps)
+    log_probabilities = outputs.logits.log_softmax(-1)
+    expected = sum(
+        -model.model.denoiser.alpha_bar[timesteps[row, 0]] * log_probabilities[row, labels[row]] for row in range(4)
+    )
+    torch.testing.assert_close(outputs.loss, expected / 4)
+    model.config.loss_weighting = "none"
+    torch.manual_seed(0)
+    unweighted = model(pixel_values, labels, timesteps=timesteps)
+    expected = nn.functional.cross_entropy(unweighted.logits, labels)
+    torch.testing.assert_close(unweighted.loss, expected)
+
+
+def draw_fixed(model: TDDForImageClassification) -> dict[str, Tensor]:
+    """Timesteps and noise for four images, so that two losses differ by what the test changes alone."""
+    return {"timesteps": torch.arange(1, 13).view(4, 3), "noise": torch.randn(4, 3, model.num_labels)}
+
+
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_one_hot_probabilities_have_the_loss_of_their_labels(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor, corruption: str, label_smoothing: float
+) -> None:
+    model = make_model(corruption=corruption, label_smoothing=label_smoothing, condition_dropout=0.0).train()
+    fixed = draw_fixed(model)
+    hard = model(pixel_values, labels, **fixed).loss
+    soft = model(pixel_values, nn.functional.one_hot(labels, 5).float(), **fixed).loss
+    torch.testing.assert_close(hard, soft)
+    assert not torch.allclose(hard, model(pixel_values, labels.flip(0), **fixed).loss)
+
+
+def test_mixed_labels_enter_the_loss(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
+    model = make_model(timesteps_per_image=1, condition_dropout=0.0, loss_weighting="none").train()
+    mixed = 0.3 * nn.functional.one_hot(labels, 5).float() + 0.7 * nn.functional.one_hot(labels.flip(0), 5).float()
+    outputs = model(pixel_values, mixed)
+    expected = -(mixed * outputs.logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_label_smoothing_by_hand(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
+    model = make_model(
+        label_smoothing=0.1, timesteps_per_image=1, condition_dropout=0.0, loss_weighting="none"
+    ).train()
+    outputs = model(pixel_values, labels)
+    smoothed = 0.9 * nn.functional.one_hot(labels, 5) + 0.1 / 5
+    expected = -(smoothed * outputs.logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(outputs.loss, expected)
+    # An evaluation's loss is not smoothed
+    outputs = model.eval()(pixel_values, labels)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, labels))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_trains_a_step_and_classifies(make_model: MakeModel, name: str, tied: bool) -> None:
+    vision_config, pooling, size = ENCODERS[name]
+    model = make_model(
+        vision_config=vision_config, pooling=pooling, condition_dropout=0.5, tie_word_embeddings=tied
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    images, labels = torch.randn(8, 3, size, size), torch.arange(8) % 5
+    before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    model(images, labels).loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+    optimizer.step()
+    for parameter_name in (
+        "model.connector.fc1.weight",
+        "model.denoiser.token_embedding.weight",
+        "model.denoiser.null_prefix",
+        "classifier.weight",
+    ):
+        assert not torch.equal(model.get_parameter(parameter_name), before[parameter_name]), parameter_name
+    encoder_names = [name for name, _ in model.model.encoder.named_parameters(prefix="model.encoder")]
+    assert any(not torch.equal(model.get_parameter(name), before[name]) for name in encoder_names)
+
+    with torch.no_grad():
+        logits = model.eval()(images).logits
+    assert logits.shape == (8, 5) and logits.isfinite().all()
+    assert not torch.allclose(logits[0], logits[1])  # the image is seen
+
+
+@pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"prediction_type": "epsilon"}], ids=str)
+def test_a_small_set_is_learnt_by_heart(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor, fields: dict[str, Any]
+) -> None:
+    model = make_model(**fields, loss_weighting="none", initializer_range=0.05).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(pixel_values, labels).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        # Several draws: with "epsilon" a single one still errs now and then
+        logits = model.eval()(pixel_values, num_noise_samples=8).logits
+    assert logits.argmax(-1).tolist() == labels.tolist()
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor
+) -> None:
+    plain = make_model(condition_dropout=0.0).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    fixed = draw_fixed(plain)
+    calls = [count_calls(model.model.denoiser.layers[0].mlp.fc1) for model in (plain, checkpointed)]
+    for model in (plain, checkpointed):
+        model(pixel_values, labels, **fixed).loss.backward()
+    assert calls == [[2], [4]]  # prefix and noisy tokens; each once more where it was not kept
+    assert gradients(plain).keys() == gradients(checkpointed).keys()
+    torch.testing.assert_close(gradients(checkpointed), gradients(plain))
+
+
+def test_bfloat16_trains_and_classifies(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
+    reference = make_model(initializer_range=0.05)
+    model = copy.deepcopy(reference).bfloat16().train()
+    loss = model(pixel_values.bfloat16(), labels).loss
+    loss.backward()
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(model).values())
+    with torch.no_grad():
+        logits = model.eval()(pixel_values.bfloat16()).logits
+        expected = reference(pixel_values).logits
+    torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_model_made_on_another_default_device(make_config: MakeConfig, pixel_values: Tensor) -> None:
+    """`from_pretrained` makes models on the meta device: no schedule may be computed there, or kept from there."""
+    alpha_bar_schedule.cache_clear()
+    with torch.device("meta"):
+        assert TDDForImageClassification(make_config()).model.denoiser.alpha_bar.device.type == "meta"
+    model = TDDForImageClassification(make_config()).eval()
+    alpha_bar_schedule.cache_clear()
+    assert torch.equal(model.model.denoiser.alpha_bar, alpha_bar_schedule("calibrated", 20, 5))
+    assert model(pixel_values).logits.isfinite().all()
+
+
+# ---- Guidance and the prefix
+
+
+def test_dropping_every_condition_leaves_the_unconditional_branch(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor
+) -> None:
+    model = make_model(condition_dropout=1.0, timesteps_per_image=1).train()
+    fixed = {"timesteps": torch.tensor([[3], [8], [15], [20]]), "noise": torch.randn(4, 1, 5)}
+    logits = model(pixel_values, labels, **fixed).logits
+    torch.testing.assert_close(logits, model(torch.randn(4, 3, 16, 16), labels, **fixed).logits)
+    denoiser = model.model.denoiser
+    inputs, _ = denoiser.corruption().corrupt(labels[:, None], fixed["timesteps"][:, 0], fixed["noise"])
+    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
+    expected = model.classifier(denoiser(inputs, fixed["timesteps"][:, 0], null).last_hidden_state)[:, 0]
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_dropped_prefix_of_many_tokens_equals_the_null_prefix(
+    make_config: MakeConfig, pixel_values: Tensor, attention: str
+) -> None:
+    model = TDDModel(make_config(pooling=None, condition_dropout=1.0, vocab_size=40, max_position_embeddings=6))
+    model.set_attn_implementation(attention)
+    denoiser = model.eval().denoiser
+    prefix = model.get_prefix(pixel_values)
+    assert prefix.shape == (4, 17, 32)
+    dropped, mask = denoiser.drop_condition(prefix)
+    assert mask.sum(1).tolist() == [1, 1, 1, 1]
+    inputs, timesteps = torch.randn(4, 6, 32), torch.tensor([1, 7, 13, 20])
+    outputs = denoiser(inputs, timesteps, denoiser.encode_prefix(dropped, mask), mask).last_hidden_state
+    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
+    torch.testing.assert_close(outputs, denoiser(inputs, timesteps, null).last_hidden_state, atol=1e-5, rtol=1e-5)
+    kept = denoiser(inputs, timesteps, denoiser.encode_prefix(prefix)).last_hidden_state
+    assert not torch.allclose(outputs, kept, atol=0.1)
+
+
+def test_condition_dropout_is_the_share_that_is_dropped(make_config: MakeConfig) -> None:
+    denoiser = TDDModel(make_config(condition_dropout=0.25)).denoiser
+    dropped, _ = denoiser.drop_condition(torch.full((10_000, 1, 32), 7.0))
+    assert (dropped[:, 0, 0] != 7).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_guidance_by_hand(make_model: MakeModel, pixel_values: Tensor) -> None:
+    """One step, from t = T: the conditional and the unconditional scores of the same noise."""
+    model = make_model()
+    denoiser = model.model.denoiser
+    with torch.no_grad():
+        conditional = model(pixel_values, num_inference_steps=1).logits
+        corruption = denoiser.corruption()
+        noise = corruption.draw_noise(1, 1, torch.Generator().manual_seed(0))
+        inputs = corruption.embed(corruption.start(noise))
+        null = denoiser.encode_prefix(denoiser.null_prefix)
+        unconditional = model.classifier(denoiser(inputs, torch.tensor([20]), null).last_hidden_state)[:, 0]
+        guided = model(pixel_values, num_inference_steps=1, guidance_scale=3.0).logits
+        rising = model(pixel_values, num_inference_steps=1, guidance_scale=3.0, guidance_schedule="linear").logits
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rising, conditional, atol=1e-5, rtol=1e-5)  # at t = T the rise has not begun
+
+
+def test_prefix_key_values_stand_in_for_pixel_values(make_config: MakeConfig, pixel_values: Tensor) -> None:
+    model = TDDModel(make_config(pooling=None)).eval()
+    first = model(pixel_values)
+    assert len(first.prefix_key_values) == 2
+    assert first.prefix_key_values[0][0].shape == (4, 2, 17, 16)
+    assert first.encoder_last_hidden_state.shape == (4, 17, 32)
+    encoder_calls = count_calls(model.encoder)
+    again = model(prefix_key_values=first.prefix_key_values)
+    assert encoder_calls == [0] and again.encoder_last_hidden_state is None
+    torch.testing.assert_close(again.last_hidden_state, first.last_hidden_state, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="either `pixel_values` or `prefix_key_values`"):
+        model(pixel_values, prefix_key_values=first.prefix_key_values)
+    with pytest.raises(ValueError, match="either `pixel_values` or `prefix_key_values`"):
+        model()
+
+
+def test_pooling(make_config: MakeConfig, pixel_values: Tensor) -> None:
+    model = TDDModel(make_config(pooling=None)).eval()
+    tokens = model.get_image_features(pixel_values)
+    model.config.pooling = "cls"
+    torch.testing.assert_close(model.get_image_features(pixel_values), tokens[:, :1])
+    model.config.pooling = "mean"
+    torch.testing.assert_close(model.get_image_features(pixel_values), tokens[:, 1:].mean(1, keepdim=True))
+
+
+def test_pooling_of_a_convolutional_map(make_config: MakeConfig) -> None:
+    model = TDDModel(make_config(vision_config=TimmWrapperConfig(architecture="test_resnet"), pooling="mean")).eval()
+    images = torch.randn(2, 3, 64, 64)
+    feature_map = model.encoder(images).last_hidden_state
+    assert feature_map.ndim == 4
+    torch.testing.assert_close(model.get_image_features(images)[:, 0], feature_map.mean((2, 3)))
+
+
+# ---- Classification
+
+
+def test_mask_corruption_is_a_linear_head(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
+    model = make_model(corruption="mask", pooling="mean")
+    features = model.model.encoder(pixel_values).last_hidden_state[:, 1:].mean(1)
+    expected = nn.functional.linear(features, model.classifier.weight, model.classifier.bias)
+    for steps in (1, 10):
+        torch.testing.assert_close(model(pixel_values, num_inference_steps=steps).logits, expected)
+    expected_loss = nn.functional.cross_entropy(expected, labels)
+    torch.testing.assert_close(model(pixel_values, labels).loss, expected_loss)
+    torch.testing.assert_close(model.train()(pixel_values, labels).loss, expected_loss)
+
+
+SETTINGS = [
+    {},
+    {"guidance_scale": 4.0, "guidance_schedule": "cosine"},
+    {"num_noise_samples": 3},
+    {"num_noise_samples": 3, "guidance_scale": 4.0, "sampling_strategy": "multinomial"},
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@torch.no_grad()
+def test_an_image_has_the_same_result_alone_and_in_a_batch(
+    make_model: MakeModel, settings: dict[str, Any], prediction_type: str
+) -> None:
+    model = make_model(prediction_type=prediction_type)
+    images = torch.randn(32, 3, 16, 16)
+    batch = model(images, **settings, output_trajectory=True)
+    assert batch.logits.std(0).min() > 1e-2  # the images differ by far more than the tolerance
+    for row in (0, 13, 31):
+        alone = model(images[row : row + 1], **settings, output_trajectory=True)
+        torch.testing.assert_close(alone.logits[0], batch.logits[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.trajectory[0], batch.trajectory[row], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_result_depends_on_the_generator_alone(make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = make_model(sampling_strategy="multinomial")
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = model(pixel_values).logits
+    assert torch.equal(torch.get_rng_state(), state)  # nor is the global state consumed
+    torch.manual_seed(2)
+    assert torch.equal(model(pixel_values).logits, first)
+    seeded = [model(pixel_values, generator=torch.Generator().manual_seed(seed)).logits for seed in (0, 7, 7)]
+    assert torch.equal(seeded[0], first)
+    assert torch.equal(seeded[1], seeded[2])
+    assert not torch.allclose(seeded[1], first)
+
+
+@torch.no_grad()
+def test_noise_samples_average_probabilities(make_model: MakeModel, pixel_values: Tensor) -> None:
+    """With one step the draws are those of one generator in succession."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(0)
+    single = [model(pixel_values, num_inference_steps=1, generator=generator).logits.softmax(-1) for _ in range(3)]
+    averaged = model(pixel_values, num_inference_steps=1, num_noise_samples=3).logits
+    torch.testing.assert_close(averaged.exp(), sum(single) / 3)
+    assert not torch.allclose(single[0], single[1])
+
+
+@torch.no_grad()
+def test_trajectory_has_the_probabilities_of_each_step(make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = make_model()
+    calls = count_calls(model.model.denoiser)
+    outputs = model(pixel_values, num_inference_steps=6, output_trajectory=True)
+    assert calls == [6]
+    assert outputs.trajectory.shape == (4, 6, 5)
+    torch.testing.assert_close(outputs.trajectory.sum(-1), torch.ones(4, 6))
+    torch.testing.assert_close(outputs.trajectory[:, -1], outputs.logits.softmax(-1))
+    # The first prediction is that of one step: it starts from the same noise at the same timestep
+    one_step = model(pixel_values, num_inference_steps=1).logits
+    torch.testing.assert_close(outputs.trajectory[:, 0], one_step.softmax(-1))
+
+
+@torch.no_grad()
+def test_settings_come_from_the_configuration(make_model: MakeModel, pixel_values: Tensor) -> None:
+    settings = {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "guidance_schedule": "linear",
+        "sampling_strategy": "multinomial",
+        "num_noise_samples": 2,
+    }
+    configured = make_model(**settings)
+    plain = make_model()
+    plain.load_state_dict(configured.state_dict())
+    assert torch.equal(configured(pixel_values).logits, plain(pixel_values, **settings).logits)
+    assert not torch.allclose(configured(pixel_values).logits, plain(pixel_values).logits)
+
+
+def test_labels_in_eval_mode_give_the_cross_entropy_of_the_logits(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor
+) -> None:
+    model = make_model()
+    outputs = model(pixel_values, labels)
+    torch.testing.assert_close(outputs.logits, model(pixel_values).logits)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, labels))
+    loss, logits = model(pixel_values, labels, return_dict=False)[:2]
+    torch.testing.assert_close((loss, logits), (outputs.loss, outputs.logits))
+
+
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_trainer_evaluates(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor, corruption: str, tmp_path: Path
+) -> None:
+    model = make_model(corruption=corruption)
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels)]
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=3, use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments)
+    predictions = trainer.predict(rows)
+    with torch.no_grad():
+        expected = model(pixel_values, labels)
+    torch.testing.assert_close(torch.from_numpy(predictions.predictions), expected.logits)
+    assert predictions.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def test_pipeline_classifies(make_model: MakeModel) -> None:
+    model = make_model()
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    image = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
+    results = pipeline("image-classification", model=model, image_processor=processor)(image, top_k=5)
+    with torch.no_grad():
+        expected = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    scores = {result["label"]: result["score"] for result in results}
+    assert [scores[f"LABEL_{index}"] for index in range(5)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree(make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = make_model()
+    results = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert model.model.denoiser.layers[0].attention.config._attn_implementation == attention
+        results[attention] = model(pixel_values, guidance_scale=2.0).logits
+    torch.testing.assert_close(results["eager"], results["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions(make_config: MakeConfig, make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = TDDModel(make_config(pooling=None, max_position_embeddings=6)).eval()
+    model.set_attn_implementation("eager")
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(4, 6, 32)] * 3
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(4, 2, 6, 17 + 6)] * 2
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(4, 2, 6))
+
+    classifier = make_model()
+    classifier.set_attn_implementation("eager")
+    outputs = classifier(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(4, 1, 32)] * 3
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(4, 2, 1, 1 + 1)] * 2
+    outputs = classifier(pixel_values)
+    assert outputs.hidden_states is None and outputs.attentions is None
+
+
+@torch.no_grad()
+def test_noise_factor_follows_the_weights(make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = make_model(num_labels=50)  # more labels than the width, or the factor is the weight itself
+    denoiser = model.model.denoiser
+    weight = denoiser.token_embedding.weight
+
+    def assert_factor_is_current() -> None:
+        model(pixel_values)
+        torch.testing.assert_close(denoiser.corruption()._factor, noise_factor(weight), rtol=0, atol=0)
+
+    assert_factor_is_current()
+    factor = denoiser.corruption()._factor
+    assert denoiser.corruption()._factor is factor  # computed once while the weights stay
+    weight.mul_(2)
+    assert_factor_is_current()
+    model.load_state_dict(make_model(num_labels=50).state_dict())
+    assert_factor_is_current()
+    model.double()
+    weight = denoiser.token_embedding.weight
+    assert denoiser.corruption()._factor.dtype == torch.float64
+
+
+# ---- Saving and loading
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"tie_word_embeddings": True}], ids=str)
+@torch.no_grad()
+def test_round_trip_is_bit_equal(
+    make_model: MakeModel, pixel_values: Tensor, tmp_path: Path, fields: dict[str, Any], max_shard_size: str
+) -> None:
+    model = make_model(**fields)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+    loaded, info = TDDForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not loaded.training
+    assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+    state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys()
+    assert all(torch.equal(state[name], loaded_state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "siglip", "timm-vit", "timm-resnet"])
+@torch.no_grad()
+def test_round_trip_of_every_encoder_is_bit_equal(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    vision_config, pooling, size = ENCODERS[name]
+    model = make_model(vision_config=vision_config, pooling=pooling)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, size, size)
+    loaded = TDDForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+@torch.no_grad()
+def test_auto_classes(make_model: MakeModel, pixel_values: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(classifier) is TDDForImageClassification
+    assert torch.equal(classifier(pixel_values).logits, model(pixel_values).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is TDDModel
+    assert torch.equal(base(pixel_values).last_hidden_state, model.model(pixel_values).last_hidden_state)
+
+
+@torch.no_grad()
+def test_another_process_gives_identical_logits(make_model: MakeModel, pixel_values: Tensor, tmp_path: Path) -> None:
+    """Both load the same file: products of one row differ in their last bit with the alignment of the weights in
+    memory, and weights that were loaded lie otherwise than those that were drawn."""
+    fields = {"guidance_scale": 2.0, "sampling_strategy": "multinomial", "num_noise_samples": 2}
+    make_model(num_labels=50, **fields).save_pretrained(tmp_path)
+    model = TDDForImageClassification.from_pretrained(tmp_path)
+    save_file({"pixel_values": pixel_values}, tmp_path / "inputs.st")
+    program = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from modeling_tdd import TDDForImageClassification
+folder = sys.argv[1]
+torch.set_num_threads(1)
+torch.manual_seed(99)
+model = TDDForImageClassification.from_pretrained(folder)
+with torch.no_grad():
+    save_file({"logits": model(load_file(folder + "/inputs.st")["pixel_values"]).logits}, folder + "/outputs.st")
+"""
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
+    assert torch.equal(load_file(tmp_path / "outputs.st")["logits"], model(pixel_values).logits)
+
+
+def test_tied_weights_stay_tied(make_model: MakeModel, pixel_values: Tensor, labels: Tensor, tmp_path: Path) -> None:
+    tied, untied = make_model(tie_word_embeddings=True), make_model()
+    assert tied.classifier.weight is tied.model.denoiser.token_embedding.weight
+    assert untied.classifier.weight is not untied.model.denoiser.token_embedding.weight
+    assert num_parameters(untied) - num_parameters(tied) == 5 * 32
+    tied.save_pretrained(tmp_path)
+    loaded = TDDForImageClassification.from_pretrained(tmp_path)
+    assert loaded.classifier.weight is loaded.model.denoiser.token_embedding.weight
+    assert torch.equal(loaded.classifier.weight, tied.classifier.weight)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_from_encoder_pretrained_of_a_vit(
+    vision_config: ViTConfig, pixel_values: Tensor, tmp_path: Path, with_head: bool
+) -> None:
+    pretrained = (ViTForImageClassification if with_head else ViTModel)(vision_config).eval()
+    pretrained.save_pretrained(tmp_path)
+    model = TDDForImageClassification.from_encoder_pretrained(
+        str(tmp_path), num_labels=3, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, pooling="mean"
+    ).eval()
+    encoder = pretrained.vit if with_head else pretrained
+    expected = encoder(pixel_values).last_hidden_state
+    torch.testing.assert_close(model.model.encoder(pixel_values).last_hidden_state, expected, rtol=0, atol=0)
+    assert model.config.num_labels == 3 and model.config.pooling == "mean"
+    assert model(pixel_values).logits.shape == (4, 3)
+    assert TDDModel.from_encoder_pretrained(str(tmp_path)).encoder.config.hidden_size == 32
+
+
+def test_from_encoder_pretrained_of_a_two_tower_model(pixel_values: Tensor, tmp_path: Path) -> None:
+    vision_config, _, _ = ENCODERS["siglip"]
+    text_config = {**WIDTHS, "intermediate_size": 64, "vocab_size": 50, "max_position_embeddings": 8}
+    pretrained = SiglipModel(SiglipConfig(text_config=text_config, vision_config=vision_config.to_dict())).eval()
+    pretrained.save_pretrained(tmp_path)
+    model = TDDForImageClassification.from_encoder_pretrained(
+        str(tmp_path), num_labels=3, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, pooling="mean"
+    ).eval()
+    expected = pretrained.vision_model(pixel_values).last_hidden_state
+    torch.testing.assert_close(model.model.encoder(pixel_values).last_hidden_state, expected, rtol=0, atol=0)
+    assert model(pixel_values).logits.shape == (4, 3)
+
+
+def test_from_encoder_pretrained_refuses_an_encoder_that_lacks_weights(
+    vision_config: ViTConfig, tmp_path: Path
+) -> None:
+    ViTModel(vision_config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="lacks weights of ViTModel"):
+        TDDForImageClassification.from_encoder_pretrained(str(tmp_path), num_labels=3)
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 16, 16), r"shape \(batch_size, 3, height, width\), got \(3, 16, 16\)"),
+        ((2, 1, 16, 16), r"shape \(batch_size, 3, height, width\), got \(2, 1, 16, 16\)"),
+        ((2, 16, 16, 3), r"shape \(batch_size, 3, height, width\), got \(2, 16, 16, 3\)"),
+        ((2, 3, 20, 20), r"size \(20\*20\) doesn't match model \(16\*16\)"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_bad_images_are_refused(make_model: MakeModel, shape: tuple[int, ...], message: str, training: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model().train(training)(torch.zeros(shape), torch.tensor([0, 1]) if training else None)
+
+
+def test_missing_images_are_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="`pixel_values` must be given"):
+        make_model()()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_pixels_that_are_not_finite_are_refused_in_training(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor, value: float, corruption: str
+) -> None:
+    pixel_values[2, 1, 5, 7] = value
+    with pytest.raises(ValueError, match=r"`pixel_values` must be finite, got .* images \[2\] of the batch"):
+        make_model(corruption=corruption).train()(pixel_values, labels)
+
+
+@pytest.mark.parametrize(
+    ("bad_labels", "message"),
+    [
+        (torch.tensor([0, 1, 2, 5]), r"`labels` must be in \[0, 4\], got 0 to 5"),
+        (torch.tensor([0, 1, 2, -1]), r"`labels` must be in \[0, 4\], got -1 to 2"),
+        (torch.tensor([0, 1, 2]), r"must have shape \(4,\) .* got \(3,\)"),
+        (torch.tensor([[0], [1], [2], [3]]), r"must have shape \(4,\) .* got \(4, 1\)"),
+        (torch.zeros(4, 4), r"or \(4, 5\) with probabilities, got \(4, 4\)"),
+        (torch.zeros(4), r"or \(4, 5\) with probabilities, got \(4,\)"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_bad_labels_are_refused(
+    make_model: MakeModel, pixel_values: Tensor, bad_labels: Tensor, message: str, training: bool, corruption: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(corruption=corruption).train(training)(pixel_values, bad_labels)
+
+
+BAD_SETTINGS = [
+    ({"num_inference_steps": 0}, r"`num_inference_steps` must be in \[1, 20\], got 0"),
+    ({"num_inference_steps": 21}, r"`num_inference_steps` must be in \[1, 20\], got 21"),
+    ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1, got 0.5"),
+    ({"guidance_schedule": "sine"}, "`guidance_schedule` must be one of .* got 'sine'"),
+    ({"sampling_strategy": "beam"}, "`sampling_strategy` must be one of .* got 'beam'"),
+    ({"num_noise_samples": 0}, "`num_noise_samples` must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_bad_settings_are_refused_before_anything_is_computed(
+    make_model: MakeModel, pixel_values: Tensor, settings: dict[str, Any], message: str, corruption: str
+) -> None:
+    model = make_model(corruption=corruption)
+    calls = count_calls(model.model.encoder)
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values, **settings)
+    assert calls == [0]
+
+
+def test_class_token_of_an_encoder_without_one_is_refused(make_config: MakeConfig) -> None:
+    for name in ("siglip", "timm-resnet"):
+        with pytest.raises(ValueError, match="`pooling='cls'` needs an encoder with a class token"):
+            TDDModel(make_config(vision_config=ENCODERS[name][0], pooling="cls"))
+
+
+@pytest.mark.parametrize("fields", [{"vocab_size": 9}, {"max_position_embeddings": 2}, {"pooling": None}], ids=str)
+def test_a_classifier_of_several_tokens_is_refused(make_config: MakeConfig, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="A classifier diffuses one label from one pooled feature"):
+        TDDForImageClassification(make_config(**fields))
+
+
+def test_a_single_label_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="`num_categories` must be at least 2, got 1"):
+        TDDForImageClassification(make_config(num_labels=1))
+
+
+def edit(config: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `config["a"]["b"]` for the key `"a.b"`."""
+    *folders, last = key.split(".")
+    for folder in folders:
+        config = config[folder]
+    config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 64),
+        ("intermediate_size", 96),
+        ("id2label", {str(index): f"LABEL_{index}" for index in range(7)}),
+        ("vision_config.hidden_size", 64),
+        ("vision_config.patch_size", 8),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(
+    make_model: MakeModel, tmp_path: Path, key: str, value: Any
+) -> None:
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    edit(config, key, value)
+    path.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+        TDDForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 3), ("vision_config.num_hidden_layers", 3), ("num_hidden_layers", 1)],
+)
+def test_missing_and_surplus_weights_are_reported(make_model: MakeModel, tmp_path: Path, key: str, value: int) -> None:
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    edit(config, key, value)
+    path.write_text(json.dumps(config))
+    _, info = TDDForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys" if value == 3 else "unexpected_keys"]
