@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -133,21 +133,20 @@ def show_prediction(folder: Path, eval_data: Dataset) -> None:
 
 def main() -> None:
     args = parse_args()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set)
     output_dir = args.output_dir or Path("outputs") / recipe.name
     folders = {(m, s): output_dir / f"{m}-seed{s}" for m in args.methods for s in args.seeds}
     for (method, seed), folder in folders.items():
         if (folder / "result.json").exists():
-            print(f"{folder} is done already.")
+            state.print(f"{folder} is done already.")
         else:
             run(recipe, method, seed, folder)
-    if Accelerator().is_main_process:
+    if state.is_main_process:
         results = [json.loads((folder / "result.json").read_text()) for folder in folders.values()]
         table = result_table(results)
         (output_dir / "results.md").write_text(table + "\n")
-        print(
-            f"\nTop-1 on held-out images, %, {len(args.seeds)} seed(s); also in {output_dir / 'results.md'}\n\n{table}"
-        )
+        print(f"\nTop-1 on held-out images in %, {len(args.seeds)} seed(s):\n\n{table}")
         show_prediction(next(iter(folders.values())), load_classification_data(recipe.data)[1])
 
 

@@ -34,7 +34,8 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
         `ValueError`: if the batch size is not a whole number of accumulated device batches.
     """
     precision = fast_mixed_precision() if recipe.mixed_precision == "auto" else recipe.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision)
+    # Without `cpu=True` Accelerate runs processes that have no GPU as so many separate trainings.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     device_batch_size = recipe.device_batch_size or recipe.batch_size // accelerator.num_processes
     steps, remainder = divmod(recipe.batch_size, max(1, device_batch_size) * accelerator.num_processes)
     if remainder or steps == 0:

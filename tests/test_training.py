@@ -1,0 +1,223 @@
+"""The training side: recipes, data, augmentation, the loop, and scripts/train_classification.py as users run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from transformers import ViTImageProcessor, pipeline
+
+import modeling_tdd  # noqa: F401 - registers the Auto classes
+from modeling_tdd import TDDConfig
+from modeling_tdd.training.data import (
+    EvalCollator,
+    TrainCollator,
+    build_mixup,
+    build_train_transform,
+    load_classification_data,
+)
+from modeling_tdd.training.loop import make_accelerator, make_loader
+from modeling_tdd.training.recipe import AugmentationRecipe, DataRecipe, TrainingRecipe, load_recipe
+from modeling_tdd.training.results import mean_and_spread, save_checkpoint, write_json
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "scripts/recipes").glob("*.yaml"))
+SCRIPT = [str(ROOT / "scripts/train_classification.py"), str(ROOT / "scripts/recipes/digits.yaml")]
+
+
+# ---- Recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_its_model_configuration_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    TDDConfig(**recipe.model)
+    ViTImageProcessor(**recipe.image_processor)
+
+
+def test_imagenet_recipe_is_the_papers():
+    recipe = load_recipe(ROOT / "scripts/recipes/imagenet_vit_b16.yaml")
+    training, augmentation = recipe.training, recipe.augmentation
+    assert (training.epochs, training.warmup_epochs, training.batch_size) == (500, 20, 4096)
+    assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (1e-4, 0.3, 3.0)
+    assert training.ema_decay == 0.9999 and recipe.model["label_smoothing"] == 0.1
+    assert augmentation.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert (augmentation.re_prob, augmentation.re_mode, augmentation.re_count) == (0.25, "pixel", 1)
+    assert build_mixup(augmentation, 1000) is None
+    transform = str(build_train_transform(augmentation, ViTImageProcessor(**recipe.image_processor)))
+    for part in ("RandomResizedCrop", "RandomHorizontalFlip", "RandAugment", "RandomErasing"):
+        assert part in transform
+    assert "ColorJitter" not in transform
+
+
+def test_overrides_change_nested_values():
+    recipe = load_recipe(SCRIPT[1], ["training.epochs=5", "model.vision_config.num_hidden_layers=1"])
+    assert recipe.training.epochs == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.epoch=5", "Unknown keys in `training`: epoch. Allowed: epochs"),
+        ("trainer.epochs=5", "Unknown keys in `recipe`: trainer"),
+        ("training.epochs", "must read `section.key=value`, got 'training.epochs'"),
+        ("training.epochs=0", "`training.epochs` must be at least 1, got 0"),
+        ("training.mixed_precision=int8", "`training.mixed_precision` must be .*got 'int8'"),
+    ],
+)
+def test_bad_overrides_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(SCRIPT[1], [change])
+
+
+def test_missing_parts_of_a_recipe_are_named(tmp_path):
+    tree = yaml.safe_load(Path(SCRIPT[1]).read_text())
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.dump({**tree, "data": {}}))
+    with pytest.raises(ValueError, match="Section `data`.*path"):
+        load_recipe(file)
+    del tree["model"]
+    file.write_text(yaml.dump(tree))
+    with pytest.raises(ValueError, match="lacks the section `model`"):
+        load_recipe(file)
+
+
+# ---- Data
+
+
+def test_digits_are_split_evenly_and_apart():
+    train, held_out, names = load_classification_data(DataRecipe(path="digits"))
+    assert (len(train), len(held_out), names) == (1437, 360, [str(digit) for digit in range(10)])
+    counts = torch.bincount(torch.tensor(held_out["label"]))
+    assert counts.min() >= 34 and counts.max() <= 37
+    assert train[0]["image"].size == (8, 8)
+
+
+def test_embedded_emoji_load_by_the_recipe():
+    train, held_out, names = load_classification_data(load_recipe(ROOT / "scripts/recipes/emoji_subgroups.yaml").data)
+    assert (len(train), len(held_out), len(names)) == (2000, 256, 98)
+    assert set(train.column_names) == {"image", "label"}
+
+
+def test_missing_split_or_column_is_named():
+    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
+        load_classification_data(DataRecipe(path="digits", eval_split="test"))
+    with pytest.raises(ValueError, match="no column 'digit'; it has image, label"):
+        load_classification_data(DataRecipe(path="digits", label_column="digit"))
+
+
+@pytest.fixture
+def processor():
+    return ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True)
+
+
+@pytest.fixture
+def examples():
+    return [{"image": PILImage.new("L", (12, 10), color=20 * i), "label": i % 3} for i in range(8)]
+
+
+def test_evaluation_batches_are_what_the_saved_processor_makes(processor, examples):
+    batch = EvalCollator(processor)(examples)
+    expected = processor([example["image"].convert("RGB") for example in examples], return_tensors="pt").pixel_values
+    assert batch["pixel_values"].equal(expected) and batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_without_augmentation_training_batches_equal_evaluation_batches(processor):
+    images = [PILImage.new("RGB", (8, 8), color=(30 * i, 10, 200)) for i in range(4)]
+    examples = [{"image": image, "label": 0} for image in images]
+    transform = build_train_transform(AugmentationRecipe(), processor)
+    train, held_out = TrainCollator(transform)(examples), EvalCollator(processor)(examples)
+    torch.testing.assert_close(train["pixel_values"], held_out["pixel_values"])
+
+
+def test_mixup_gives_probabilities(processor, examples):
+    recipe = AugmentationRecipe(mixup_alpha=0.8, cutmix_alpha=1.0)
+    collate = TrainCollator(build_train_transform(recipe, processor), build_mixup(recipe, num_labels=3))
+    labels = collate(examples)["labels"]
+    assert labels.shape == (8, 3)
+    torch.testing.assert_close(labels.sum(-1), torch.ones(8))
+    assert (labels.max(-1).values < 1).any()
+
+
+# ---- Loop and results
+
+
+def test_batch_size_is_reached_by_accumulation():
+    recipe = TrainingRecipe(epochs=1, batch_size=32, device_batch_size=8, mixed_precision="no")
+    accelerator = make_accelerator(recipe)
+    assert accelerator.gradient_accumulation_steps == 4
+    with pytest.raises(ValueError, match="must be a multiple .*got 32 and 12 x 1"):
+        make_accelerator(TrainingRecipe(epochs=1, batch_size=32, device_batch_size=12, mixed_precision="no"))
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    few = Dataset.from_dict({"image": [PILImage.new("RGB", (8, 8))] * 4, "label": [0] * 4}, features=features)
+    with pytest.raises(ValueError, match="`training.batch_size` is 32, but there are only 4 images"):
+        make_loader(accelerator, recipe, few, lambda batch: batch, shuffle=True)
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, make_model, processor):
+    folder = tmp_path / "model"
+    model = make_model()
+    save_checkpoint(folder, model, processor)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    class BrokenProcessor:
+        def save_pretrained(self, folder):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(folder, model, BrokenProcessor())
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_results_are_written_whole_and_spread_is_the_standard_deviation(tmp_path):
+    write_json(tmp_path / "deep/result.json", {"top1": 0.5})
+    assert json.loads((tmp_path / "deep/result.json").read_text()) == {"top1": 0.5}
+    assert mean_and_spread([0.97, 0.98, 0.99]) == "98.00 ± 1.00"
+    assert mean_and_spread([0.97]) == "97.00"
+
+
+# ---- The script, as users run it
+
+
+def run_script(*args: str, launcher: tuple[str, ...] = (), cwd: Path) -> str:
+    command = [sys.executable, *launcher, *SCRIPT, *args]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_script_trains_compares_resumes_and_classifies(tmp_path):
+    settings = ("--set", "training.epochs=25", "training.num_workers=0", "evaluation.num_inference_steps=[1, 10]")
+    output = run_script("--methods", "tdd", "mdd", *settings, cwd=tmp_path)
+    assert "| tdd    | 1.5      |" in output and "| mdd    | 1        |" in output and "true label" in output
+
+    folder = tmp_path / "outputs/digits/tdd-seed0"
+    result = json.loads((folder / "result.json").read_text())
+    top1 = {(entry["num_inference_steps"], entry["guidance_scale"]): entry["top1"] for entry in result["accuracy"]}
+    assert set(top1) == {(1, 1.0), (10, 1.0), (1, 1.5), (10, 1.5)}
+    assert top1[10, 1.0] >= 0.90  # 80 epochs reach 97 %
+    assert json.loads((tmp_path / "outputs/digits/mdd-seed0/result.json").read_text())["accuracy"][0]["top1"] >= 0.90
+
+    prediction = pipeline("image-classification", model=str(folder))(str(folder / "example.png"), top_k=2)
+    assert len(prediction) == 2 and prediction[0]["label"] in {str(digit) for digit in range(10)}
+
+    again = run_script("--methods", "tdd", "mdd", *settings, cwd=tmp_path)
+    assert again.count("is done already") == 2 and "parameters" not in again
+
+
+def test_script_runs_in_two_processes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    settings = ("training.epochs=1", "training.num_workers=0", "evaluation.num_inference_steps=[1]")
+    output = run_script("--set", *settings, launcher=launcher, cwd=tmp_path)
+    assert "2 process(es) on cpu, precision no: batch size 64 = 32 x 2 x 1" in output
+    result = json.loads((tmp_path / "outputs/digits/tdd-seed0/result.json").read_text())
+    # Accuracy over all 360 held-out images, each counted once, whatever share a process saw
+    assert (result["accuracy"][0]["top1"] * 360) % 1 == pytest.approx(0, abs=1e-9)
