@@ -536,6 +536,15 @@ def test_noise_factor_follows_the_weights(make_model: MakeModel, pixel_values: T
     assert denoiser.corruption()._factor.dtype == torch.float64
 
 
+def test_noise_factor_has_a_gradient_where_one_is_wanted(make_model: MakeModel, pixel_values: Tensor) -> None:
+    """In eval mode too, and after a call without gradients has computed the factor once."""
+    model = make_model(num_labels=50)
+    with torch.no_grad():
+        model(pixel_values)
+        assert not model.model.denoiser.corruption()._factor.requires_grad
+    assert model.model.denoiser.corruption()._factor.requires_grad
+
+
 # ---- Saving and loading
 
 
@@ -555,6 +564,15 @@ def test_round_trip_is_bit_equal(
     state, loaded_state = model.state_dict(), loaded.state_dict()
     assert state.keys() == loaded_state.keys()
     assert all(torch.equal(state[name], loaded_state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_saved_weights_have_the_names_of_the_model(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    """Trainer's resume loads them as they are, and would skip an encoder saved under its original names."""
+    vision_config, pooling, _ = ENCODERS[name]
+    model = make_model(vision_config=vision_config, pooling=pooling)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip", "timm-vit", "timm-resnet"])
