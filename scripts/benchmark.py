@@ -106,7 +106,8 @@ def parse_args() -> argparse.Namespace:
         "--output", type=Path, default=Path("outputs/benchmark.json"), help="where to save the results"
     )
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each alternative; fewer for many tokens")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that PyTorch uses")
+    # With several, short products wait for whichever core another process holds: ratios then say little
+    parser.add_argument("--threads", type=int, default=1, help="threads that PyTorch uses")
     noise = parser.add_argument_group("noise")
     noise.add_argument("--categories", type=int, default=30_522, help="K; BERT's vocabulary by default")
     noise.add_argument("--width", type=int, default=768, help="d, the denoiser's width")
