@@ -200,6 +200,8 @@ class TDDConfig(PreTrainedConfig):
         if not 0 < self.one_hot_scale <= 1:
             raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
         check_range("condition_dropout", self.condition_dropout, 0, 1)
+        if self.corruption == "gaussian" and self.noise_schedule == "calibrated" and self.num_categories < 2:
+            raise ValueError(f"`noise_schedule='calibrated'` needs at least 2 categories, got {self.num_categories}.")
         check_range("timesteps_per_image", self.timesteps_per_image, 1, self.num_timesteps)
         check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
         if self.corruption == "mask" and self.prediction_type == "epsilon":
@@ -209,7 +211,7 @@ class TDDConfig(PreTrainedConfig):
 
     def validate_inference(self):
         """Part of `@strict`: checks the defaults of the classifier's loop."""
-        check_range("num_inference_steps", self.num_inference_steps, 1)
+        check_range("num_inference_steps", self.num_inference_steps, 1, self.num_timesteps)
         check_range("guidance_scale", self.guidance_scale, 1)
         check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         check_choice("sampling_strategy", self.sampling_strategy, SAMPLING_STRATEGIES)

@@ -93,8 +93,8 @@ def alpha_bar_schedule(
     """
     check_choice("noise_schedule", noise_schedule, NOISE_SCHEDULES)
     check_range("num_timesteps", num_timesteps, 1)
-    # Whatever the default device: `from_pretrained` makes its model on the meta device.
-    with torch.device("cpu"):
+    # Cached for all callers, whatever the first one's default device or inference mode.
+    with torch.device("cpu"), torch.inference_mode(False):
         progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         if corruption == "mask":
             alpha_bar = 1 - torch.sin(0.5 * math.pi * progress) if noise_schedule == "cosine" else 1 - progress

@@ -246,7 +246,6 @@ class TDDPreTrainedModel(PreTrainedModel):
             for parameter in (module.position_embeddings, module.null_prefix, module.mask_embedding):
                 if parameter is not None:
                     init.normal_(parameter, std=self.config.initializer_range)
-            init.copy_(module.alpha_bar, module.make_alpha_bar())
 
     @classmethod
     def from_encoder_pretrained(
@@ -308,12 +307,12 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if config.corruption == "mask" else None
         self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.register_buffer("alpha_bar", self.make_alpha_bar().to(self.null_prefix.device), persistent=False)
         self._cached_factor: tuple[tuple, Tensor] | None = None
         self.post_init()
 
-    def make_alpha_bar(self) -> Tensor:
-        """The schedule as a fresh CPU tensor of shape `(num_timesteps + 1,)`."""
+    @property
+    def alpha_bar(self) -> Tensor:
+        """The schedule, of shape `(num_timesteps + 1,)`. No buffer: it must stay float32 in a half-precision model."""
         config = self.config
         return alpha_bar_schedule(
             config.noise_schedule,
@@ -321,12 +320,12 @@ class TDDDenoiser(TDDPreTrainedModel):
             config.num_categories,
             config.corruption,
             float(config.one_hot_scale),
-        ).clone()
+        ).to(self.null_prefix.device)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
         """The diffusion process over this denoiser's token embeddings, as they are now."""
         config, weight = self.config, self.token_embedding.weight
-        alpha_bar = self.alpha_bar.float()
+        alpha_bar = self.alpha_bar
         if config.corruption == "mask":
             return MaskCorruption(weight, self.mask_embedding, alpha_bar, config.loss_weighting)
         dense = config.prediction_type == "epsilon"

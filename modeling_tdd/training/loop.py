@@ -33,6 +33,8 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
     Raises:
         `ValueError`: if the batch size is not a whole number of accumulated device batches.
     """
+    if recipe.cpu_threads is not None:
+        torch.set_num_threads(recipe.cpu_threads)
     precision = fast_mixed_precision() if recipe.mixed_precision == "auto" else recipe.mixed_precision
     # Without `cpu=True` Accelerate runs processes that have no GPU as so many separate trainings.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
@@ -102,6 +104,7 @@ def train(
         param_groups_weight_decay(model, recipe.weight_decay),
         lr=recipe.learning_rate,
         betas=(0.9, recipe.adam_beta2),
+        fused=True,
     )
     steps_per_epoch = math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
     total_steps = steps_per_epoch * recipe.epochs
