@@ -8,7 +8,7 @@ to a noisy one-hot vector, lambda the one-hot scale.
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -326,9 +326,13 @@ class GaussianCorruption:
         inputs_embeds = self.embed(self.state_at(targets, timesteps, noise))
         return CorruptedTokens(inputs_embeds, _per_token(self.weigh(timesteps), inputs_embeds[..., 0]))
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The state at t = T that a denoising loop starts from: pure noise."""
+    def start(self, noise: Tensor, fixed_tokens: Tensor | None = None, fixed_mask: Tensor | None = None) -> Tensor:
+        """The state at t = T that a denoising loop starts from: pure noise. Fixed tokens appear as t falls."""
         return noise if self.dense else noise.to(self._factor.dtype) @ self._factor
+
+    def accept(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens that a prediction settles on: all of them, for any may still be revised."""
+        return tokens
 
     def step(self, state: Tensor, tokens: Tensor, scores: Tensor, next_timestep: int, noise: Tensor) -> Tensor:
         """Re-noises the predicted tokens to `next_timestep` (Section 3.2, inference); the old state is forgotten."""
@@ -380,9 +384,14 @@ class MaskCorruption:
         coefficient = alpha_bar if self.loss_weighting == "alpha_bar" else torch.ones_like(alpha_bar)
         return CorruptedTokens(self.embed(state), coefficient * is_mask)
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The state at t = T that a denoising loop starts from: all masks."""
-        return torch.full(noise.shape[:2], self.mask_token, device=noise.device)
+    def start(self, noise: Tensor, fixed_tokens: Tensor | None = None, fixed_mask: Tensor | None = None) -> Tensor:
+        """The state at t = T that a denoising loop starts from: all masks, but for fixed tokens."""
+        masks = torch.full(noise.shape[:2], self.mask_token, device=noise.device)
+        return masks if fixed_mask is None else torch.where(fixed_mask, fixed_tokens, masks)
+
+    def accept(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens that a prediction settles on: what is visible stays."""
+        return torch.where(state == self.mask_token, tokens, state)
 
     def step(self, state: Tensor, tokens: Tensor, scores: Tensor, next_timestep: int, noise: Tensor) -> Tensor:
         """Unmasks the most confident predictions until `alpha_bar` of the row's places are visible.
@@ -406,15 +415,27 @@ class MaskCorruption:
 
 
 class DenoisingStep(NamedTuple):
-    """One step of a denoising loop: its timestep, the scores (rows, N, K) and the tokens (rows, N) that they gave."""
+    """One step of a denoising loop: its timestep, the indices of the rows that it denoised, their scores of shape
+    (rows, N, K), and the tokens (rows, N) that the scores gave."""
 
     timestep: int
+    rows: Tensor
     logits: Tensor
     tokens: Tensor
 
 
+class Predictor(Protocol):
+    """What the loop asks of a network."""
+
+    def __call__(self, state: Tensor, timestep: int) -> Tensor:
+        """Scores of shape (rows, N, K) from a state of the corruption and its timestep."""
+
+    def select(self, keep: Tensor) -> None:
+        """From now on only the rows of the boolean mask `keep` are denoised."""
+
+
 def denoise(
-    predict: Callable[[Tensor, int], Tensor],
+    predict: Predictor,
     corruption: GaussianCorruption | MaskCorruption,
     *,
     rows: int,
@@ -423,12 +444,16 @@ def denoise(
     sampling_strategy: str,
     generator: torch.Generator,
     num_noise_samples: int = 1,
+    process_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+    fixed_tokens: Tensor | None = None,
+    fixed_mask: Tensor | None = None,
+    stability_threshold: int | None = None,
 ) -> Iterator[DenoisingStep]:
     r"""
     The inference loop of Section 3.2, a step at a time.
 
     Args:
-        predict (`Callable`):
+        predict ([`Predictor`]):
             From a state and its timestep to scores of shape `(rows, N, K)`.
         corruption ([`GaussianCorruption`] or [`MaskCorruption`]):
             The process to reverse.
@@ -444,6 +469,14 @@ def denoise(
             Source of all noise. Every image gets the same noise: its result is the same alone and in a batch.
         num_noise_samples (`int`, *optional*, defaults to 1):
             Different draws of the noise an image.
+        process_logits (`Callable`, *optional*):
+            From the scores and the tokens of the step before to other scores of the same shape.
+        fixed_tokens (`torch.LongTensor` of shape `(rows, N)`, *optional*):
+            Tokens that stay as they are where `fixed_mask` is true: infilling.
+        fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*):
+            Where `fixed_tokens` holds.
+        stability_threshold (`int`, *optional*):
+            A row whose tokens have not changed for so many steps is finished and leaves the loop.
 
     Yields:
         [`DenoisingStep`]: after each prediction.
@@ -453,33 +486,51 @@ def denoise(
     """
     timesteps = inference_timesteps(len(corruption.alpha_bar) - 1, num_inference_steps)
     check_choice("sampling_strategy", sampling_strategy, SAMPLING_STRATEGIES)
-    images = rows // num_noise_samples
-
-    def draw_noise() -> Tensor:
-        return corruption.draw_noise(num_noise_samples, num_tokens, generator).repeat(images, 1, 1)
-
-    # 1. Pure noise
-    state = corruption.start(draw_noise())
+    # 1. Pure noise; each image has the same, which is why its row's number is all that must be known of it
+    noise = corruption.draw_noise(num_noise_samples, num_tokens, generator)
+    active = torch.arange(rows, device=noise.device)
+    state = corruption.start(noise[active % num_noise_samples], fixed_tokens, fixed_mask)
+    tokens, unchanged = None, torch.zeros_like(active)
     for timestep, next_timestep in zip(timesteps, timesteps[1:]):
         # 2. Predict clean tokens
         logits = predict(state, timestep)
+        if process_logits is not None:
+            logits = process_logits(logits, tokens)
         # 3. Back to the one-hot vectors
         uniform = None
         if sampling_strategy == "multinomial":
             uniform = torch.rand(num_noise_samples, num_tokens, generator=generator, device=generator.device)
-            uniform = uniform.to(logits.device).repeat(images, 1)
-        tokens = to_one(logits, sampling_strategy, uniform)
-        yield DenoisingStep(timestep, logits, tokens)
-        # 4. Re-noise, less than before
-        if next_timestep > 0:
-            scores = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-            state = corruption.step(state, tokens, scores, next_timestep, draw_noise())
+            uniform = uniform.to(logits.device)[active % num_noise_samples]
+        previous, tokens = tokens, corruption.accept(state, to_one(logits, sampling_strategy, uniform))
+        if fixed_mask is not None:
+            tokens = torch.where(fixed_mask, fixed_tokens, tokens)
+        yield DenoisingStep(timestep, active, logits, tokens)
+        if next_timestep == 0:
+            return
+        # 4. Rows that have settled leave the batch
+        noise = corruption.draw_noise(num_noise_samples, num_tokens, generator)
+        if stability_threshold is not None and previous is not None:
+            unchanged = torch.where((tokens == previous).all(-1), unchanged + 1, 0)
+            keep = unchanged < stability_threshold
+            if not keep.any():
+                return
+            if not keep.all():
+                predict.select(keep)
+                active, state, logits, tokens, unchanged = (
+                    kept[keep] for kept in (active, state, logits, tokens, unchanged)
+                )
+                if fixed_mask is not None:
+                    fixed_tokens, fixed_mask = fixed_tokens[keep], fixed_mask[keep]
+        # 5. Re-noise, less than before
+        scores = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        state = corruption.step(state, tokens, scores, next_timestep, noise[active % num_noise_samples])
 
 
 __all__ = [
     "DenoisingStep",
     "GaussianCorruption",
     "MaskCorruption",
+    "Predictor",
     "alpha_bar_schedule",
     "apply_guidance",
     "argmax_accuracy",

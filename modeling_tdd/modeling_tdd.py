@@ -8,7 +8,7 @@ timesteps and every noise sample reads them.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -576,9 +576,82 @@ def repeat_rows(key_values: KeyValues, repeats: int) -> KeyValues:
     return tuple(tuple(states.repeat_interleave(repeats, dim=0) for states in pair) for pair in key_values)
 
 
+def select_rows(key_values: KeyValues, keep: Tensor) -> KeyValues:
+    """The rows of a boolean mask."""
+    return tuple(tuple(states[keep] for states in pair) for pair in key_values)
+
+
 def expand_rows(key_values: KeyValues, rows: int) -> KeyValues:
     """The keys and values of a prefix of one row, seen as those of `rows` rows."""
     return tuple(tuple(states.expand(rows, -1, -1, -1) for states in pair) for pair in key_values)
+
+
+class DiffusionLoss(NamedTuple):
+    """Result of [`diffusion_loss`]; the logits have the shape (batch_size, timesteps_per_image, N, K categories)."""
+
+    loss: Tensor
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+def diffusion_loss(
+    denoiser: TDDDenoiser,
+    head: nn.Module,
+    prefix: Tensor,
+    targets: Tensor,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> DiffusionLoss:
+    r"""
+    The training loss of Sections 3.2 and 3.4, with the K-fold feature reuse of Section 3.3: the weighted mean of the
+    tokens' losses over images and timesteps.
+
+    Args:
+        denoiser, head (`nn.Module`): From noisy tokens to hidden states, and on to scores.
+        prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`): The images' conditions.
+        targets (`torch.Tensor`):
+            Clean tokens, int64 of shape `(batch_size, N)`, or their probabilities, `(batch_size, N, K categories)`.
+        timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*): Drawn if not given.
+        noise (`torch.Tensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*): Likewise.
+        token_weight (`torch.Tensor` of shape `(batch_size, N)`, *optional*): Weights of the tokens, 1 by default.
+    """
+    config = denoiser.config
+    batch_size, num_tokens = targets.shape[:2]
+    repeats = config.timesteps_per_image
+    # 1. Some conditions give way to the null condition; then each image's prefix is computed once
+    prefix, prefix_mask = denoiser.drop_condition(prefix)
+    key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
+    prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
+    # 2. K noisy versions of an image's tokens
+    if timesteps is None:
+        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
+    corruption = denoiser.corruption()
+    noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
+    timesteps = timesteps.flatten()
+    repeated_targets = targets.repeat_interleave(repeats, dim=0)
+    inputs_embeds, weight = corruption.corrupt(repeated_targets, timesteps, noise)
+    # 3. Denoise and compare
+    outputs = denoiser(inputs_embeds, timesteps, key_values, prefix_mask, **kwargs)
+    logits = head(outputs.last_hidden_state).float()
+    if config.prediction_type == "epsilon":
+        losses = (logits - noise).square().mean(-1)
+    else:
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1),
+            repeated_targets.flatten(0, 1),
+            reduction="none",
+            label_smoothing=config.label_smoothing,
+        ).view(-1, num_tokens)
+    if token_weight is None:
+        loss = (weight * losses).mean()
+    else:
+        token_weight = token_weight.repeat_interleave(repeats, dim=0)
+        # At least 1: a batch with nothing to learn has the loss 0, and not NaN.
+        loss = (weight * token_weight * losses).sum() / token_weight.sum().clamp(min=1)
+    return DiffusionLoss(loss, logits.unflatten(0, (batch_size, repeats)), outputs.hidden_states, outputs.attentions)
 
 
 class TDDForImageClassification(TDDPreTrainedModel):
@@ -636,7 +709,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 `(batch_size, num_labels)`.
             timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*):
                 Training mode: timesteps in 1 ... T. Drawn if not given.
-            noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, noise_width)`, *optional*):
+            noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, 1, noise_width)`, *optional*):
                 Training mode: the noise of each timestep, as [`GaussianCorruption.draw_noise`] draws it if not given.
             num_inference_steps, guidance_scale, guidance_schedule, sampling_strategy, num_noise_samples (*optional*):
                 Eval mode: as in [`TDDConfig`], from which the defaults come.
@@ -672,7 +745,15 @@ class TDDForImageClassification(TDDPreTrainedModel):
             return self._classify_directly(features, labels, output_trajectory)
         prefix = self.model.connector(features)
         if is_loss_only:
-            return self._diffusion_loss(prefix, labels, timesteps, noise, **kwargs)
+            outputs = diffusion_loss(
+                self.model.denoiser, self.classifier, prefix, labels[:, None], timesteps, noise, **kwargs
+            )
+            return TDDImageClassifierOutput(
+                loss=outputs.loss,
+                logits=outputs.logits[:, :, 0].mean(1),
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
             # A new output: a field that was None when its output was made is no key of it, and Trainer looks for one.
@@ -714,39 +795,6 @@ class TDDForImageClassification(TDDPreTrainedModel):
             loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         trajectory = logits.float().softmax(-1)[:, None] if output_trajectory else None
         return TDDImageClassifierOutput(loss=loss, logits=logits, trajectory=trajectory)
-
-    def _diffusion_loss(
-        self, prefix: Tensor, labels: Tensor, timesteps: Tensor | None, noise: Tensor | None, **kwargs: Any
-    ) -> TDDImageClassifierOutput:
-        """The loss of Section 3.2 with the K-fold feature reuse of Section 3.3."""
-        config, denoiser = self.config, self.model.denoiser
-        batch_size, repeats = len(labels), config.timesteps_per_image
-        # 1. Some conditions give way to the null condition; then each image's prefix is computed once
-        prefix, prefix_mask = denoiser.drop_condition(prefix)
-        key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
-        # 2. K noisy labels an image
-        if timesteps is None:
-            timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
-        corruption = denoiser.corruption()
-        noise = corruption.draw_noise(batch_size * repeats, 1) if noise is None else noise.flatten(0, 1)[:, None]
-        timesteps = timesteps.flatten()
-        targets = labels.repeat_interleave(repeats, dim=0)
-        inputs_embeds, weight = corruption.corrupt(targets[:, None], timesteps, noise)
-        # 3. Denoise and compare
-        outputs = denoiser(inputs_embeds, timesteps, key_values, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state)[:, 0].float()
-        if config.prediction_type == "epsilon":
-            losses = (logits - noise[:, 0]).square().mean(-1)
-        else:
-            losses = nn.functional.cross_entropy(
-                logits, targets, reduction="none", label_smoothing=config.label_smoothing
-            )
-        return TDDImageClassifierOutput(
-            loss=(weight[:, 0] * losses).mean(),
-            logits=logits.view(batch_size, repeats, -1).mean(1),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
     def _denoise(
         self,
@@ -815,6 +863,12 @@ class GuidedPredictor:
         self.denoiser_kwargs = denoiser_kwargs
         self.corruption = denoiser.corruption()
         self.outputs: BaseModelOutput | None = None
+
+    def select(self, keep: Tensor) -> None:
+        """From now on only the rows of the boolean mask `keep` are denoised."""
+        self.conditional = select_rows(self.conditional, keep)
+        if self.unconditional is not None:
+            self.unconditional = select_rows(self.unconditional, keep)
 
     def __call__(self, state: Tensor, timestep: int) -> Tensor:
         """`state` as of the corruption; returns float32 scores of shape `(rows, num_tokens, K)`."""

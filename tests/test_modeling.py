@@ -101,7 +101,7 @@ def test_feature_reuse_equals_repeating_the_image(
     repeating = copy.deepcopy(reusing)
     repeating.config.timesteps_per_image = 1
     timesteps = torch.tensor([[1, 5, 9], [2, 20, 3], [4, 8, 12], [19, 7, 6]])
-    noise = torch.randn(4, 3, 5)
+    noise = torch.randn(4, 3, 1, 5)
     encoder_calls = count_calls(reusing.model.encoder)
 
     reused = reusing(pixel_values, labels, timesteps=timesteps, noise=noise)
@@ -109,7 +109,7 @@ def test_feature_reuse_equals_repeating_the_image(
         pixel_values.repeat_interleave(3, dim=0),
         labels.repeat_interleave(3),
         timesteps=timesteps.view(12, 1),
-        noise=noise.view(12, 1, 5),
+        noise=noise.view(12, 1, 1, 5),
     )
     assert encoder_calls == [1]
     torch.testing.assert_close(reused.loss, repeated.loss)
@@ -139,7 +139,7 @@ def test_loss_by_hand(make_model: MakeModel, pixel_values: Tensor, labels: Tenso
 
 def draw_fixed(model: TDDForImageClassification) -> dict[str, Tensor]:
     """Timesteps and noise for four images, so that two losses differ by what the test changes alone."""
-    return {"timesteps": torch.arange(1, 13).view(4, 3), "noise": torch.randn(4, 3, model.num_labels)}
+    return {"timesteps": torch.arange(1, 13).view(4, 3), "noise": torch.randn(4, 3, 1, model.num_labels)}
 
 
 @pytest.mark.parametrize("corruption", ["gaussian", "mask"])
@@ -272,11 +272,11 @@ def test_dropping_every_condition_leaves_the_unconditional_branch(
     make_model: MakeModel, pixel_values: Tensor, labels: Tensor
 ) -> None:
     model = make_model(condition_dropout=1.0, timesteps_per_image=1).train()
-    fixed = {"timesteps": torch.tensor([[3], [8], [15], [20]]), "noise": torch.randn(4, 1, 5)}
+    fixed = {"timesteps": torch.tensor([[3], [8], [15], [20]]), "noise": torch.randn(4, 1, 1, 5)}
     logits = model(pixel_values, labels, **fixed).logits
     torch.testing.assert_close(logits, model(torch.randn(4, 3, 16, 16), labels, **fixed).logits)
     denoiser = model.model.denoiser
-    inputs, _ = denoiser.corruption().corrupt(labels[:, None], fixed["timesteps"][:, 0], fixed["noise"])
+    inputs, _ = denoiser.corruption().corrupt(labels[:, None], fixed["timesteps"][:, 0], fixed["noise"][:, 0])
     null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
     expected = model.classifier(denoiser(inputs, fixed["timesteps"][:, 0], null).last_hidden_state)[:, 0]
     torch.testing.assert_close(logits, expected)
