@@ -90,6 +90,14 @@ class TDDConfig(PreTrainedConfig):
             K of the K-fold feature reuse of Section 3.3: noisy labels drawn for each encoded image (ours).
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the training loss; the paper's recipe uses 0.1.
+        freeze_encoder (`bool`, *optional*, defaults to `False`):
+            Whether the encoder stays as it is: without gradients, and in eval mode always.
+        pad_token_id (`int`, *optional*):
+            Captioning: the token that fills a caption's places after its end. It is predicted like any other.
+        eos_token_id (`int`, *optional*):
+            Captioning: the token that ends a caption.
+        pad_loss_weight (`float`, *optional*, defaults to 0.1):
+            Captioning: weight of padding in the loss, against 1 for the caption's tokens and its end (ours).
         num_inference_steps (`int`, *optional*, defaults to 10):
             Denoising steps of a classification in eval mode.
         guidance_scale (`float`, *optional*, defaults to 1.0):
@@ -148,6 +156,12 @@ class TDDConfig(PreTrainedConfig):
     condition_dropout: float | int = 0.1
     timesteps_per_image: int = 4
     label_smoothing: float | int = 0.0
+    freeze_encoder: bool = False
+
+    # Captions
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_loss_weight: float | int = 0.1
 
     # Classification in eval mode
     num_inference_steps: int = 10
@@ -204,6 +218,7 @@ class TDDConfig(PreTrainedConfig):
             raise ValueError(f"`noise_schedule='calibrated'` needs at least 2 categories, got {self.num_categories}.")
         check_range("timesteps_per_image", self.timesteps_per_image, 1, self.num_timesteps)
         check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
+        check_range("pad_loss_weight", self.pad_loss_weight, 0, 1)
         if self.corruption == "mask" and self.prediction_type == "epsilon":
             raise ValueError(
                 "`prediction_type='epsilon'` needs `corruption='gaussian'`: masks are no noise to regress."

@@ -35,6 +35,7 @@ from .diffusion_tdd import (
     noise_factor,
     training_timesteps,
 )
+from .generation_tdd import TDDGenerationMixin
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +91,29 @@ class TDDImageClassifierOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     trajectory: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class TDDCaptioningOutput(ModelOutput):
+    r"""
+    Output of [`TDDForCaptioning`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
+            The weighted diffusion loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_tokens, vocab_size)`):
+            Scores of the clean tokens; with `labels`, their mean over the K timesteps.
+        prefix_key_values (`tuple`, *optional*, without `labels`):
+            As in [`TDDModelOutput`].
+        hidden_states, attentions:
+            As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    prefix_key_values: KeyValues | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -446,9 +470,16 @@ class TDDModel(TDDPreTrainedModel):
                 f"`{config.vision_config.model_type}` has none. Use `pooling='mean'`, or `None` for all tokens."
             )
         width = config.hidden_size
+        self.encoder.requires_grad_(not config.freeze_encoder)
         self.connector = TDDMLP(self.encoder_hidden_size, width, width, config.hidden_act) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
         self.post_init()
+
+    def train(self, mode: bool = True) -> "TDDModel":
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()  # batch statistics and dropout would change frozen features
+        return self
 
     def _drop_unread_weights(self) -> None:
         """Parameters that no output of ours reads would get no gradient, which stops distributed training."""
@@ -491,7 +522,8 @@ class TDDModel(TDDPreTrainedModel):
                 finite. An encoder with a fixed image size raises for another size.
         """
         self._check_pixels(pixel_values)
-        tokens = self.encoder(pixel_values).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            tokens = self.encoder(pixel_values).last_hidden_state
         if tokens.ndim == 4:  # a convolutional map; timm has encoders with channels first and last
             channels_last = tokens.shape[-1] == self.encoder_hidden_size
             tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
@@ -514,9 +546,13 @@ class TDDModel(TDDPreTrainedModel):
             bad = (~pixel_values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             raise ValueError(f"`pixel_values` must be finite, got NaN or infinity in the images {bad} of the batch.")
 
-    def get_prefix(self, pixel_values: Tensor) -> Tensor:
-        """The denoiser's prefix of shape `(batch_size, prefix_length, hidden_size)`; see [`~get_image_features`]."""
-        return self.connector(self.get_image_features(pixel_values))
+    def get_prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """The denoiser's prefix of shape `(batch_size, prefix_length, hidden_size)`, from images or from features of
+        [`~TDDModel.get_image_features`]."""
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("Give either `pixel_values` or `image_features`, and not both.")
+        features = self.get_image_features(pixel_values) if image_features is None else image_features
+        return self.connector(features.to(self.connector.fc1.weight.dtype))
 
     @can_return_tuple
     def forward(
@@ -525,6 +561,7 @@ class TDDModel(TDDPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         timesteps: torch.LongTensor | None = None,
         prefix_key_values: KeyValues | None = None,
+        image_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDModelOutput:
         r"""
@@ -538,20 +575,22 @@ class TDDModel(TDDPreTrainedModel):
             timesteps (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Timesteps, 1 ... T. T by default.
             prefix_key_values (`tuple`, *optional*):
-                The images' keys and values from an earlier output, to skip the encoder.
+                The images' keys and values from an earlier output, in place of `pixel_values`.
+            image_features (`torch.FloatTensor`, *optional*):
+                In place of `pixel_values`: features of [`~TDDModel.get_image_features`].
 
         Raises:
-            `ValueError`: if neither or both of `pixel_values` and `prefix_key_values` are given, or as in
+            `ValueError`: unless one of `pixel_values`, `image_features` and `prefix_key_values` is given, or as in
                 [`~TDDModel.get_image_features`].
         """
         if self.denoiser is None:
             raise ValueError("This model was made with `add_denoiser=False`: call `get_image_features`.")
-        if (pixel_values is None) == (prefix_key_values is None):
-            raise ValueError("Give either `pixel_values` or `prefix_key_values`, and not both.")
-        features = None
-        if prefix_key_values is None:
-            features = self.get_image_features(pixel_values)
-            prefix_key_values = self.denoiser.encode_prefix(self.connector(features))
+        if sum(given is not None for given in (pixel_values, image_features, prefix_key_values)) != 1:
+            raise ValueError("Give one of `pixel_values`, `image_features` and `prefix_key_values`.")
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values)
+        if image_features is not None:
+            prefix_key_values = self.denoiser.encode_prefix(self.get_prefix(image_features=image_features))
         key = prefix_key_values[0][0]
         if inputs_embeds is None:
             corruption = self.denoiser.corruption()
@@ -565,7 +604,7 @@ class TDDModel(TDDPreTrainedModel):
             prefix_key_values=prefix_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            encoder_last_hidden_state=features,
+            encoder_last_hidden_state=image_features,
         )
 
 
@@ -809,21 +848,15 @@ class TDDForImageClassification(TDDPreTrainedModel):
         **kwargs: Any,
     ) -> TDDImageClassifierOutput:
         """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
-        denoiser = self.model.denoiser
         # 1. Keys and values, once for all steps
-        rows = len(prefix) * num_noise_samples
-        conditional = repeat_rows(denoiser.encode_prefix(prefix), num_noise_samples)
-        unconditional = None
-        if guidance_scale != 1:
-            unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), rows)
-        # 2. The loop
-        predictor = GuidedPredictor(
-            denoiser, self.classifier, conditional, unconditional, guidance_scale, guidance_schedule, kwargs
+        predictor = make_predictor(
+            self.model.denoiser, self.classifier, prefix, num_noise_samples, guidance_scale, guidance_schedule, kwargs
         )
+        # 2. The loop
         steps = denoise(
             predictor,
             predictor.corruption,
-            rows=rows,
+            rows=len(prefix) * num_noise_samples,
             num_tokens=1,
             num_inference_steps=num_inference_steps,
             sampling_strategy=sampling_strategy,
@@ -841,6 +874,123 @@ class TDDForImageClassification(TDDPreTrainedModel):
             trajectory=torch.stack(trajectory, dim=1) if output_trajectory else None,
             hidden_states=predictor.outputs.hidden_states,
             attentions=predictor.outputs.attentions,
+        )
+
+
+class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
+    r"""
+    Image captioning as the denoising of N tokens together (Section 3.4); `generate` runs the loop.
+
+    A caption is its tokens, one `eos_token_id`, and `pad_token_id` up to N = `config.max_position_embeddings` places.
+    Padding is a token like any other, of less weight in the loss, so a caption's length is part of what is denoised.
+
+    With `config.corruption="mask"` it is the rival MDD on the same network.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.denoiser.token_embedding.weight"}
+
+    def __init__(self, config: TDDConfig):
+        super().__init__(config)
+        if config.vocab_size is None or config.pad_token_id is None or config.eos_token_id is None:
+            raise ValueError(
+                "A captioner needs `vocab_size`, `pad_token_id` and `eos_token_id`, got "
+                f"{config.vocab_size}, {config.pad_token_id} and {config.eos_token_id}."
+            )
+        self.model = TDDModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        timesteps: torch.LongTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        prefix_key_values: KeyValues | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TDDCaptioningOutput:
+        r"""
+        The loss of captions, or one denoising step. To caption images call `generate`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images, as the image processor returns them.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Captions with their `eos_token_id`, of at most N tokens. `pad_token_id` or -100 fills short ones.
+            image_features (`torch.FloatTensor`, *optional*):
+                In place of `pixel_values`: features of `model.get_image_features`, such as those cached on disc.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`, *optional*):
+                Without `labels`: y_t W. Pure noise by default.
+            timesteps (`torch.LongTensor`, *optional*):
+                In 1 ... T. With `labels` of shape `(batch_size, timesteps_per_image)`, drawn if not given. Without, of
+                shape `(batch_size,)`, T by default.
+            noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*):
+                With `labels`: the noise of each timestep, drawn if not given.
+            prefix_key_values (`tuple`, *optional*):
+                Without `labels`: the images' keys and values from an earlier output, in place of `pixel_values`.
+
+        Raises:
+            `ValueError`: for token ids out of range, captions longer than N, or pixels as in
+                [`TDDModel.get_image_features`].
+        """
+        if labels is None:
+            outputs = self.model(pixel_values, inputs_embeds, timesteps, prefix_key_values, image_features, **kwargs)
+            return TDDCaptioningOutput(
+                logits=self.lm_head(outputs.last_hidden_state),
+                prefix_key_values=outputs.prefix_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+        targets = self._fill_labels(labels)
+        is_padding = targets == self.config.pad_token_id
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        outputs = diffusion_loss(
+            self.model.denoiser,
+            self.lm_head,
+            prefix,
+            targets,
+            timesteps,
+            noise,
+            token_weight=torch.where(is_padding, float(self.config.pad_loss_weight), 1.0),
+            **kwargs,
+        )
+        return TDDCaptioningOutput(
+            loss=outputs.loss,
+            logits=outputs.logits.mean(1),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _fill_labels(self, labels: Tensor) -> Tensor:
+        """Labels of N places, without -100, checked."""
+        length = self.config.max_position_embeddings
+        if labels.ndim != 2 or labels.shape[1] > length:
+            raise ValueError(
+                f"`labels` must have shape (batch_size, at most {length}), got {tuple(labels.shape)}. Truncate "
+                "captions, or make `max_position_embeddings` larger."
+            )
+        labels = labels.masked_fill(labels == -100, self.config.pad_token_id)
+        if not torch.compiler.is_compiling() and labels.numel() > 0:
+            low, high = labels.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"`labels` must be in [0, {self.config.vocab_size - 1}], got {low} to {high}.")
+        return nn.functional.pad(labels, (0, length - labels.shape[1]), value=self.config.pad_token_id)
+
+    def make_predictor(
+        self, prefix: Tensor, repeats: int, guidance_scale: float, guidance_schedule: str
+    ) -> "GuidedPredictor":
+        """What `generate` denoises with: the prefix's keys and values, each image's `repeats` times."""
+        return make_predictor(
+            self.model.denoiser, self.lm_head, prefix, repeats, guidance_scale, guidance_schedule, {}
         )
 
 
@@ -888,6 +1038,25 @@ class GuidedPredictor:
         return prediction
 
 
+def make_predictor(
+    denoiser: TDDDenoiser,
+    head: nn.Module,
+    prefix: Tensor,
+    repeats: int,
+    guidance_scale: float,
+    guidance_schedule: str,
+    denoiser_kwargs: dict[str, Any],
+) -> GuidedPredictor:
+    """A predictor for `repeats` rows of each image. The null prefix is encoded only where guidance reads it."""
+    conditional = repeat_rows(denoiser.encode_prefix(prefix), repeats)
+    unconditional = None
+    if guidance_scale != 1:
+        unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), len(prefix) * repeats)
+    return GuidedPredictor(
+        denoiser, head, conditional, unconditional, guidance_scale, guidance_schedule, denoiser_kwargs
+    )
+
+
 def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:
     """Scores of the mean probabilities over an image's noise samples: (images * samples, K) -> (images, K)."""
     if num_noise_samples == 1:
@@ -897,6 +1066,8 @@ def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:
 
 
 __all__ = [
+    "TDDCaptioningOutput",
+    "TDDForCaptioning",
     "TDDForImageClassification",
     "TDDImageClassifierOutput",
     "TDDModel",
