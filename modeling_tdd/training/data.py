@@ -70,8 +70,9 @@ def load_classification_data(recipe: DataRecipe) -> tuple[Dataset, Dataset, list
 def build_train_transform(recipe: AugmentationRecipe, image_processor: BaseImageProcessor) -> Callable[..., Tensor]:
     """timm's training transform for a PIL image, normalised as the image processor does."""
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    height, width = (recipe.size, recipe.size) if recipe.size else (size["height"], size["width"])
     return create_transform(
-        input_size=(3, size["height"], size["width"]),
+        input_size=(3, height, width),
         is_training=True,
         scale=tuple(recipe.scale),
         ratio=tuple(recipe.ratio),

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """A recipe: everything that decides a training run, read from YAML."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -31,9 +31,48 @@ class DataRecipe:
 
 
 @dataclass
-class AugmentationRecipe:
-    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, under their names there. All off by default."""
+class CaptionDataRecipe:
+    r"""
+    Which images and captions to learn from. Anything that `datasets.load_dataset` reads, or COCO 2017 as published.
 
+    Args:
+        path (`str`): `"coco"`, or the first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, an id.
+        data_files (`dict`, *optional*): Files of each split; relative paths start at the recipe's folder.
+        data_dir (`str`, *optional*): Folder of the data; likewise. Of `"coco"`: the one that holds `annotations/`.
+        train_split (`str`): Name of the training split.
+        eval_splits (`list[str]`): Names of the splits to evaluate on; the first also shows progress.
+        image_column (`str`): Name of the column of images.
+        caption_column (`str`): Name of the column of captions: a string, or a list of strings, an image.
+        lower_case (`bool`): Whether to lower-case the captions.
+        on_bad_example (`str`): What an unreadable image or an empty caption does: `"skip"` leaves it out and names
+            it, `"raise"` stops.
+        num_proc (`int`, *optional*): Processes that look for bad examples, once a data set.
+    """
+
+    path: str
+    data_files: dict[str, str] | None = None
+    data_dir: str | None = None
+    train_split: str = "train"
+    eval_splits: list[str] = field(default_factory=lambda: ["validation"])
+    image_column: str = "image"
+    caption_column: str = "caption"
+    lower_case: bool = False
+    on_bad_example: str = "skip"
+    num_proc: int | None = None
+
+    def __post_init__(self):
+        if self.on_bad_example not in ("skip", "raise"):
+            raise ValueError(f"`data.on_bad_example` must be 'skip' or 'raise', got {self.on_bad_example!r}.")
+
+
+@dataclass
+class AugmentationRecipe:
+    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, under their names there. All off by default.
+
+    `size` is the height and width of the training views; by default the image processor's.
+    """
+
+    size: int | None = None
     scale: tuple[float, float] = (1.0, 1.0)
     ratio: tuple[float, float] = (1.0, 1.0)
     hflip: float = 0.0
@@ -101,9 +140,31 @@ class EvaluationRecipe:
 
 
 @dataclass
+class CaptionEvaluationRecipe:
+    """The grid of the final table: denoising steps by guidance scales. Guidance 1.0 is none."""
+
+    num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 10, 20, 50])
+    guidance_scale: list[float] = field(default_factory=lambda: [1.0])
+
+
+@dataclass
+class WordsRecipe:
+    r"""
+    The words of captions as labels of images.
+
+    Args:
+        min_count (`int`): In how many training captions a word must be to be a label.
+        threshold (`float`): Probability from which a word counts as predicted.
+    """
+
+    min_count: int = 2
+    threshold: float = 0.5
+
+
+@dataclass
 class Recipe:
     r"""
-    Everything that decides a training run.
+    Everything that decides the training of a classifier, and what all recipes share.
 
     Args:
         name (`str`): Of the recipe's file, less its ending.
@@ -124,50 +185,86 @@ class Recipe:
         return asdict(self)
 
 
-SECTIONS = {
-    "data": DataRecipe,
-    "augmentation": AugmentationRecipe,
-    "training": TrainingRecipe,
-    "evaluation": EvaluationRecipe,
+@dataclass
+class CaptionRecipe(Recipe):
+    r"""
+    Everything that decides the training of a captioner.
+
+    Args:
+        tokenizer (`dict`): Arguments of [`train_tokenizer`].
+    """
+
+    data: CaptionDataRecipe
+    evaluation: CaptionEvaluationRecipe = field(default_factory=CaptionEvaluationRecipe)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EncoderRecipe(Recipe):
+    """Everything that decides the training of an image encoder on the words of captions."""
+
+    data: CaptionDataRecipe
+    evaluation: WordsRecipe = field(default_factory=WordsRecipe)
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "classification": Recipe,
+    "captioning": CaptionRecipe,
+    "encoder": EncoderRecipe,
 }
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str | None = None) -> Recipe:
     r"""
     Reads a recipe.
 
     Args:
         path (`str` or `Path`):
-            A YAML file with the sections of [`Recipe`].
+            A YAML file with the sections of [`Recipe`], [`CaptionRecipe`] or [`EncoderRecipe`]; its key `task` says
+            which, `"classification"` by default.
         overrides (`list[str]`, *optional*):
             Changes such as `"training.epochs=5"` or `"model.vision_config.num_hidden_layers=2"`; values are YAML.
+        task (`str`, *optional*):
+            The task that the recipe must be for.
 
     Raises:
-        `ValueError`: for an unknown section or key, a missing one, or an override that is not `key=value`. The message
-            says what is allowed.
+        `ValueError`: for an unknown task, section or key, a missing one, or an override that is not `key=value`. The
+            message says what is allowed.
     """
     path = Path(path)
     tree = yaml.safe_load(path.read_text())
     for override in overrides or []:
         _apply_override(tree, override)
-    _check_keys("recipe", tree, [f.name for f in fields(Recipe) if f.name != "name"])
-    sections = {}
-    for name, section_class in SECTIONS.items():
-        if name in tree:
-            _check_keys(name, tree[name], [f.name for f in fields(section_class)])
-            try:
-                sections[name] = section_class(**tree[name])
-            except TypeError as error:  # a required key is missing
-                raise ValueError(f"Section `{name}` of {path}: {error}.") from error
-    for name in ("model", "image_processor", "data", "training"):
-        if name not in tree:
-            raise ValueError(f"{path} lacks the section `{name}`.")
-    data = sections["data"]
-    if data.data_files:
-        data.data_files = {split: _from_folder(path.parent, file) for split, file in data.data_files.items()}
-    if data.data_dir:
-        data.data_dir = _from_folder(path.parent, data.data_dir)
-    return Recipe(name=path.stem, model=tree["model"], image_processor=tree["image_processor"], **sections)
+    recipe_task = tree.pop("task", "classification")
+    if recipe_task not in RECIPES:
+        raise ValueError(f"`task` of {path} must be one of {', '.join(RECIPES)}, got {recipe_task!r}.")
+    if task is not None and recipe_task != task:
+        raise ValueError(f"{path} is a recipe for {recipe_task}; one for {task} is needed.")
+    recipe_class = RECIPES[recipe_task]
+    _check_keys("recipe", tree, [f.name for f in fields(recipe_class) if f.name != "name"])
+    for section in fields(recipe_class):
+        given = section.name in tree or section.name == "name"
+        if not given and section.default is MISSING and section.default_factory is MISSING:
+            raise ValueError(f"{path} lacks the section `{section.name}`.")
+    types = get_type_hints(recipe_class)
+    sections = {name: _read_section(path, name, values, types[name]) for name, values in tree.items()}
+    return recipe_class(name=path.stem, **sections)
+
+
+def _read_section(path: Path, name: str, values: Any, section_type: Any) -> Any:
+    """A section as its dataclass, or as it stands where it is a plain dictionary."""
+    if not is_dataclass(section_type):
+        return values
+    _check_keys(name, values, [f.name for f in fields(section_type)])
+    try:
+        section = section_type(**values)
+    except TypeError as error:  # a required key is missing
+        raise ValueError(f"Section `{name}` of {path}: {error}.") from error
+    if getattr(section, "data_files", None):
+        section.data_files = {split: _from_folder(path.parent, file) for split, file in section.data_files.items()}
+    if getattr(section, "data_dir", None):
+        section.data_dir = _from_folder(path.parent, section.data_dir)
+    return section
 
 
 def _check_keys(where: str, given: dict[str, Any], allowed: list[str]) -> None:
