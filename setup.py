@@ -1,4 +1,4 @@
-"""Package metadata. `pip install -e ".[train]"` to train, `".[test]"` to run the tests."""
+"""Package metadata. `pip install -e ".[train]"` to train, `".[eval]"` for COCO's metrics, `".[test]"` for the tests."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,8 @@ TRAIN = [
     "torchvision>=0.20",
     "tqdm>=4.66",
 ]
-TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
+EVAL = ["pycocoevalcap>=1.2"]
+TEST = [*TRAIN, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
 
 setup(
     name="modeling_tdd",
@@ -37,7 +38,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.20,<6",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "demo": ["matplotlib>=3.8"]},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": ["matplotlib>=3.8"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

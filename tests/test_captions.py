@@ -1,0 +1,371 @@
+"""Captions: their data, tokenizer, metrics and cached features, and scripts/pretrain_encoder.py as users run it."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageProcessor
+
+from modeling_tdd import TDDModel
+from modeling_tdd.evaluation.captions import (
+    caption_metrics,
+    coco_metrics,
+    exact_match,
+    fluent_share,
+    nearest_captions,
+    seen_bigrams,
+    split_tokens,
+    stutter_share,
+    token_f1,
+)
+from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.features import cache_features, features_fingerprint
+from modeling_tdd.training.recipe import CaptionDataRecipe, load_recipe
+from modeling_tdd.training.tokenization import train_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts/pretrain_encoder.py"
+RECIPE = ROOT / "scripts/recipes/emoji_encoder.yaml"
+CAPTIONS = ["woman firefighter: medium-light skin tone", "woman firefighter", "“free” button", "flag: Côte d’Ivoire"]
+
+
+def picture(shade: int = 0) -> PILImage.Image:
+    return PILImage.new("RGB", (16, 16), color=(shade, 100, 200))
+
+
+# ---- Recipes
+
+
+def test_a_recipe_says_its_task(tmp_path):
+    with pytest.raises(ValueError, match="is a recipe for encoder; one for captioning is needed"):
+        load_recipe(RECIPE, task="captioning")
+    with pytest.raises(ValueError, match="`task` of .* must be one of classification, captioning, encoder, got 'cap'"):
+        load_recipe(RECIPE, ["task=cap"])
+    with pytest.raises(ValueError, match="Unknown keys in `evaluation`: steps. Allowed: min_count, threshold"):
+        load_recipe(RECIPE, ["evaluation.steps=5"])
+    with pytest.raises(ValueError, match="`data.on_bad_example` must be 'skip' or 'raise', got 'ignore'"):
+        load_recipe(RECIPE, ["data.on_bad_example=ignore"])
+
+
+# ---- Data
+
+
+def test_embedded_emoji_load_by_the_recipe():
+    data = load_caption_data(load_recipe(RECIPE).data)
+    assert {split: len(rows) for split, rows in data.items()} == {
+        "train": 2000,
+        "validation": 256,
+        "test_combo": 300,
+        "test_vendor": 300,
+    }
+    assert set(data["train"].column_names) == {"image", "captions"}
+    example = data["validation"][0]
+    assert example["image"].size == (32, 32) and len(example["captions"]) == 1
+
+
+def test_coco_layout(tmp_path):
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        for index in (7, 8):
+            picture(index).save(tmp_path / split / f"{index:012d}.jpg")
+        content = {
+            "images": [{"id": index, "file_name": f"{index:012d}.jpg", "height": 16, "width": 16} for index in (7, 8)],
+            "annotations": [
+                {"id": 1, "image_id": 8, "caption": "A dog  runs.\n"},
+                {"id": 2, "image_id": 7, "caption": "A cat."},
+                {"id": 3, "image_id": 8, "caption": "The dog."},
+            ],
+        }
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/captions_{split}.json").write_text(json.dumps(content))
+    recipe = CaptionDataRecipe("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=["val2017"])
+    data = load_caption_data(recipe)
+    assert data["train2017"]["captions"][:] == [["A cat."], ["A dog runs.", "The dog."]]
+    assert data["val2017"][1]["image"].size == (16, 16)
+    recipe.eval_splits = ["test2017"]
+    with pytest.raises(ValueError, match="COCO has no split 'test2017' in .*; it has train2017, val2017"):
+        load_caption_data(recipe)
+    with pytest.raises(ValueError, match="`data.path: coco` needs `data.data_dir`"):
+        load_caption_data(CaptionDataRecipe("coco"))
+
+
+def test_vl_enriched_columns(tmp_path):
+    """visual-layer/imagenet-1k-vl-enriched: a parquet data set among whose columns are an image and its caption."""
+    box = {"bbox": List(Value("float64")), "label": Value("string")}
+    issue = {"issue_type": Value("string"), "confidence": Value("float64")}
+    features = Features(
+        {
+            "image_id": Value("string"),
+            "image": Image(),
+            "label": Value("int32"),
+            "label_bbox_enriched": List(box),
+            "caption_enriched": Value("string"),
+            "issues": List(issue),
+        }
+    )
+    row = {
+        "image_id": "n01440764_10026",
+        "image": picture(),
+        "label": 0,
+        "label_bbox_enriched": [{"bbox": [0.0, 1.0, 2.0, 3.0], "label": "Fish"}],
+        "caption_enriched": "a man holding a Fish",
+        "issues": [],
+    }
+    Dataset.from_list([row, row], features=features).to_parquet(tmp_path / "data.parquet")
+    files = {"train": str(tmp_path / "data.parquet"), "validation": str(tmp_path / "data.parquet")}
+    recipe = CaptionDataRecipe("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
+    assert load_caption_data(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
+    recipe.caption_column = "label"
+    with pytest.raises(ValueError, match="column 'label' must hold strings or lists of strings, got .*int32"):
+        load_caption_data(recipe)
+    recipe.caption_column = "caption"
+    with pytest.raises(ValueError, match="no column 'caption' in 'train'; it has image_id, image"):
+        load_caption_data(recipe)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """An `imagefolder` with a good image, one cut short, one that is no image, and captions that are empty."""
+    folder = tmp_path / "pictures"
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for name, caption in [
+            ("good", "a cat"),
+            ("short", "a dog"),
+            ("text", "a cow"),
+            ("blank", " "),
+            ("none", None),
+        ]:
+            file = folder / split / f"{name}.png"
+            # Noise fills more than the decoder's first buffer, so that half a file is truly half an image
+            PILImage.effect_noise((64, 64), 50).convert("RGB").save(file)
+            lines.append(json.dumps({"file_name": file.name, "caption": caption}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    short = folder / "train/short.png"
+    short.write_bytes(short.read_bytes()[: short.stat().st_size // 2])
+    (folder / "train/text.png").write_text("not an image")
+    return folder
+
+
+def test_bad_examples_are_skipped_counted_and_named(image_folder, caplog):
+    recipe = CaptionDataRecipe("imagefolder", data_dir=str(image_folder))
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        data = load_caption_data(recipe)
+    assert data["train"]["captions"][:] == [["a cat"]] and data["train"][0]["image"].size == (64, 64)
+    assert data["validation"]["captions"][:] == [["a cat"], ["a dog"], ["a cow"]]
+    message = next(record.getMessage() for record in caplog.records if "'train'" in record.getMessage())
+    assert message.startswith("4 of 5 examples of 'train' are bad") and message.endswith("They are skipped.")
+    for problem in ("short.png): unreadable image", "text.png): unreadable image (UnidentifiedImageError)"):
+        assert problem in message
+    assert message.count("no caption") == 2
+
+
+def test_bad_examples_stop_when_asked_or_when_nothing_is_left(image_folder):
+    with pytest.raises(ValueError, match="4 of 5 examples of 'train' are bad: row .*"):
+        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder), on_bad_example="raise"))
+    (image_folder / "train/good.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="5 of 5 examples of 'train' are bad"):
+        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder)))
+
+
+# ---- Tokenizer
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_captions_come_back_exactly(kind, tmp_path):
+    train_tokenizer(CAPTIONS, kind).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for caption in CAPTIONS:
+        assert tokenizer.decode(tokenizer(caption)["input_ids"], skip_special_tokens=True) == caption
+    batch = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, -1] == tokenizer.pad_token_id and batch["attention_mask"][1, -1] == 0
+    assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == CAPTIONS
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_special_tokens(kind):
+    tokenizer = train_tokenizer(CAPTIONS, kind)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("[PAD]", 0)
+    specials = [tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id]
+    assert specials == tokenizer.convert_tokens_to_ids(["[UNK]", "[EOS]", "[MASK]"]) == [1, 2, 3]
+    masked = tokenizer("woman [MASK]: [MASK]-light skin tone")["input_ids"]
+    whole = tokenizer("woman firefighter: medium-light skin tone")["input_ids"]
+    assert len(masked) == len(whole)
+    assert [a for a, b in zip(masked, whole) if a != b] == [3, 3]
+
+
+def test_vocabulary_and_case():
+    assert train_tokenizer(CAPTIONS).tokenize("woman astronaut: tone") == ["▁woman", "[UNK]", ":", "▁tone"]
+    assert train_tokenizer(CAPTIONS, "bpe", 60).vocab_size == 60
+    assert train_tokenizer(CAPTIONS, "word", 7).vocab_size == 7
+    assert train_tokenizer(CAPTIONS[:2]).tokenize("Woman") == ["▁woman"]  # all of these are lower case
+    assert train_tokenizer(CAPTIONS).tokenize("Woman") == ["[UNK]"]
+    with pytest.raises(ValueError, match="`kind` must be 'word' or 'bpe', got 'char'"):
+        train_tokenizer(CAPTIONS, "char")
+    with pytest.raises(ValueError, match="at least one caption"):
+        train_tokenizer([])
+    with pytest.raises(ValueError, match="`vocab_size` must be above 4, the special tokens, got 4"):
+        train_tokenizer(CAPTIONS, "word", 4)
+
+
+# ---- Cached features
+
+
+@pytest.fixture
+def encoder(make_config) -> TDDModel:
+    return TDDModel(make_config(pooling=None, vocab_size=20, max_position_embeddings=4))
+
+
+@pytest.fixture
+def processor() -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+@pytest.fixture
+def pictures() -> Dataset:
+    images = {"image": [picture(shade) for shade in range(0, 250, 50)]}
+    return Dataset.from_dict(images, features=Features({"image": Image()}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path, dtype):
+    pixel_values = processor([row["image"] for row in pictures], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = encoder.eval().get_image_features(pixel_values)
+    encoder.train()
+    for _ in range(2):  # made, then read
+        features = cache_features(encoder, processor, pictures, tmp_path / "deep/f.safetensors", 2, dtype)
+        assert features.shape == (5, 17, 32) and features.dtype == dtype and encoder.training
+        torch.testing.assert_close(features.float(), expected, atol=1e-6 if dtype == torch.float32 else 5e-3, rtol=0)
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["f.safetensors"]
+
+
+def test_a_cache_is_read_only_where_nothing_changed(encoder, processor, pictures, tmp_path, monkeypatch):
+    path = tmp_path / "features.safetensors"
+    first = cache_features(encoder, processor, pictures, path)
+    encode = TDDModel.get_image_features
+    monkeypatch.setattr(TDDModel, "get_image_features", lambda *_: pytest.fail("read from disc, not encoded"))
+    assert cache_features(encoder, processor, pictures, path).equal(first)
+
+    fingerprints = {features_fingerprint(encoder, processor, pictures, torch.float16)}
+    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float32))
+    fingerprints.add(features_fingerprint(encoder, processor, pictures.select([1, 0, 2, 3, 4]), torch.float16))
+    bright = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3)
+    fingerprints.add(features_fingerprint(encoder, bright, pictures, torch.float16))
+    with torch.no_grad():
+        next(encoder.encoder.parameters()).add_(0.5)
+    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float16))
+    assert len(fingerprints) == 5
+
+    monkeypatch.setattr(TDDModel, "get_image_features", encode)
+    assert not cache_features(encoder, processor, pictures, path).equal(first)
+
+
+def test_a_failed_or_foreign_cache_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):
+    path = tmp_path / "features.safetensors"
+    path.write_text("something else")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(TDDModel, "get_image_features", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
+        cache_features(encoder, processor, pictures, path)
+    assert path.read_text() == "something else" and len(list(tmp_path.iterdir())) == 1
+    assert cache_features(encoder, processor, pictures, path).shape == (5, 17, 32)
+    with pytest.raises(ValueError, match="`dtype` must be one of torch.float16, torch.float32, got torch.int8"):
+        cache_features(encoder, processor, pictures, path, dtype=torch.int8)
+    with pytest.raises(ValueError, match="at least one image"):
+        cache_features(encoder, processor, pictures.select([]), path)
+
+
+# ---- Metrics
+
+
+def test_exact_match_and_token_f1():
+    references = [["man: dark skin tone"], ["a cat", "the black cat"], ["red heart"]]
+    assert split_tokens("man: medium-dark, x") == ["man", ":", "medium", "-", "dark", ",", "x"]
+    assert exact_match(["man : dark  skin tone", "the black cat", "blue heart"], references) == pytest.approx(2 / 3)
+    # 4 of 5 tokens against 5: 2 * 4 / 10; the better of two references: 2 * 2 / 5; an empty caption: 0
+    predictions = ["man: light skin tone", "black cat", ""]
+    assert token_f1(predictions, references) == pytest.approx((0.8 + 0.8 + 0) / 3)
+    # A token counts no more often than the reference has it: 2 * 1 / (2 + 2)
+    assert token_f1(["cat cat"], [["a cat"]]) == 0.5
+
+
+def test_stutter_and_fluency():
+    assert stutter_share(["man : : light", "light light skin", "family: man, man, boy", "a cat"]) == 0.5
+    seen = seen_bigrams(["man: medium-light skin tone", "woman: dark skin tone"])
+    captions = {
+        "woman: medium-light skin tone": True,  # new, of known parts
+        "man: light skin tone": False,  # ": light" is not known
+        "man: medium-light skin": False,  # ends too soon
+        "skin tone": False,  # starts too late
+        "": False,
+    }
+    for caption, is_fluent in captions.items():
+        assert fluent_share([caption], seen) == is_fluent
+
+
+def test_metrics_together():
+    seen = seen_bigrams(["a cat"])
+    metrics = caption_metrics(["a cat", "cat cat"], [["a cat"], ["a dog"]], seen)
+    assert metrics == {"exact_match": 0.5, "token_f1": 0.5, "stutter": 0.5, "fluent": 0.5}
+    assert "fluent" not in caption_metrics(["a cat"], [["a cat"]])
+    with pytest.raises(ValueError, match="a list of captions for each image, got a string"):
+        caption_metrics(["a cat"], ["a cat"])
+    with pytest.raises(ValueError, match="as many, and at least one, got 2 and 1"):
+        caption_metrics(["a cat", "a dog"], [["a cat"]])
+
+
+def test_coco_metrics():
+    references = [["A man rides a horse.", "Man riding a brown horse"], ["Two dogs play on grass"], ["A red bus"]]
+    perfect = coco_metrics(["a man rides a horse", "two dogs play on grass!", "a red bus"], references)
+    assert perfect["bleu_4"] == pytest.approx(1, abs=1e-6) and perfect["cider"] > 5
+    # 4 words of 5 right, in order, but for the last: precisions 4/5, 3/4, 2/3, 1/2, lengths equal
+    score = coco_metrics(["two dogs play on sand"], [["two dogs play on grass"]])["bleu_4"]
+    assert score == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-6)
+    assert coco_metrics(["a", "b", "c"], references)["cider"] < 0.1 * perfect["cider"]
+
+
+def test_nearest_captions():
+    train = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]]).half()
+    queries = torch.tensor([[[0.2, 9.0], [0.0, 9.0]], [[5.0, 1.0], [5.0, -1.0]], [[-2.0, 0.5], [-2.0, 0.5]]])
+    assert nearest_captions(queries, train, ["east", "north", "west"], batch_size=2) == ["north", "east", "west"]
+    with pytest.raises(ValueError, match="must be as many, got 3 and 1"):
+        nearest_captions(queries, train, ["east"])
+
+
+# ---- The script, as users run it
+
+
+def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
+    data = load_caption_data(load_recipe(RECIPE).data)
+    few = tmp_path / "few.parquet"
+    data["train"].select(range(64)).to_parquet(few)
+    files = [f"data.data_files.{split}={few}" for split in ("train", "validation", "test_combo", "test_vendor")]
+    settings = ["training.epochs=1", "training.num_workers=0", "data.caption_column=captions", "augmentation.size=32"]
+    narrow = ["model.vision_config.model_args.channels=[8, 8, 16, 16]", "training.batch_size=32"]
+    command = [sys.executable, str(SCRIPT), str(RECIPE), "--set", *settings, *narrow, *files]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| validation  |" in done.stdout
+
+    folder = tmp_path / "outputs/emoji_encoder"
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    assert set(scores) == {"validation", "test_combo", "test_vendor"}
+    assert all(0 <= value <= 1 for split in scores.values() for value in split.values())
+
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(picture(), return_tensors="pt")["pixel_values"]
+    expected = AutoModel.from_pretrained(folder).eval()(pixel_values).last_hidden_state
+    assert expected.shape == (1, 16, 8, 8)
+    model = TDDModel.from_encoder_pretrained(folder, pooling=None, hidden_size=32, num_attention_heads=2).eval()
+    torch.testing.assert_close(model.get_image_features(pixel_values), expected.flatten(2).transpose(1, 2))
