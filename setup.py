@@ -1,4 +1,4 @@
-"""Package metadata. `pip install -e ".[train]"` to train, `".[eval]"` for COCO's metrics, `".[test]"` for the tests."""
+"""Package metadata. Extras: `train` to train, `eval` for COCO's metrics, `test` to run the tests."""
 
 import re
 from pathlib import Path
