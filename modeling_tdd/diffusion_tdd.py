@@ -334,7 +334,15 @@ class GaussianCorruption:
         """The tokens that a prediction settles on: all of them, for any may still be revised."""
         return tokens
 
-    def step(self, state: Tensor, tokens: Tensor, scores: Tensor, next_timestep: int, noise: Tensor) -> Tensor:
+    def step(
+        self,
+        state: Tensor,
+        tokens: Tensor,
+        scores: Tensor,
+        next_timestep: int,
+        noise: Tensor,
+        fixed_mask: Tensor | None = None,
+    ) -> Tensor:
         """Re-noises the predicted tokens to `next_timestep` (Section 3.2, inference); the old state is forgotten."""
         timesteps = torch.full((len(tokens),), next_timestep, device=tokens.device)
         return self.state_at(tokens, timesteps, noise)
@@ -393,8 +401,16 @@ class MaskCorruption:
         """The tokens that a prediction settles on: what is visible stays."""
         return torch.where(state == self.mask_token, tokens, state)
 
-    def step(self, state: Tensor, tokens: Tensor, scores: Tensor, next_timestep: int, noise: Tensor) -> Tensor:
-        """Unmasks the most confident predictions until `alpha_bar` of the row's places are visible.
+    def step(
+        self,
+        state: Tensor,
+        tokens: Tensor,
+        scores: Tensor,
+        next_timestep: int,
+        noise: Tensor,
+        fixed_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Unmasks the most confident predictions until `alpha_bar` of the row's free places are visible.
 
         Args:
             state (`torch.Tensor` of shape `(rows, N)`): The state before; visible tokens stay as they are.
@@ -402,10 +418,12 @@ class MaskCorruption:
             scores (`torch.Tensor` of shape `(rows, N)`): Their log-probabilities, the confidence.
             next_timestep (`int`): The timestep to step to.
             noise (`torch.Tensor`): Not used: the order is the confidence's alone.
+            fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*): Places that were never masked.
         """
         is_mask = state == self.mask_token
-        length = state.shape[1]
-        num_visible = round(self.alpha_bar[next_timestep].item() * length)
+        num_fixed = torch.zeros_like(state[:, :1]) if fixed_mask is None else fixed_mask.sum(dim=1, keepdim=True)
+        num_free = (state.shape[1] - num_fixed).double()
+        num_visible = num_fixed + (self.alpha_bar[next_timestep].item() * num_free).round()
         confidence = scores.masked_fill(~is_mask, float("inf"))  # what is visible ranks first
         rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return torch.where(is_mask & (rank < num_visible), tokens, state)
@@ -422,6 +440,26 @@ class DenoisingStep(NamedTuple):
     rows: Tensor
     logits: Tensor
     tokens: Tensor
+
+
+class TokenChoice(NamedTuple):
+    """From the scores of a step to its tokens: the "to one" operation, but what is settled or fixed stays."""
+
+    corruption: GaussianCorruption | MaskCorruption
+    state: Tensor
+    sampling_strategy: str
+    uniform: Tensor | None
+    fixed_tokens: Tensor | None
+    fixed_mask: Tensor | None
+
+    def __call__(self, logits: Tensor, places: int | slice = slice(None)) -> Tensor:
+        """Tokens of shape (rows,) of one place from scores (rows, K), or of all, (rows, N) from (rows, N, K)."""
+        uniform = None if self.uniform is None else self.uniform[:, places]
+        tokens = to_one(logits, self.sampling_strategy, uniform)
+        tokens = self.corruption.accept(self.state[:, places], tokens)
+        if self.fixed_mask is None:
+            return tokens
+        return torch.where(self.fixed_mask[:, places], self.fixed_tokens[:, places], tokens)
 
 
 class Predictor(Protocol):
@@ -444,7 +482,7 @@ def denoise(
     sampling_strategy: str,
     generator: torch.Generator,
     num_noise_samples: int = 1,
-    process_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+    process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     fixed_tokens: Tensor | None = None,
     fixed_mask: Tensor | None = None,
     stability_threshold: int | None = None,
@@ -470,7 +508,8 @@ def denoise(
         num_noise_samples (`int`, *optional*, defaults to 1):
             Different draws of the noise an image.
         process_logits (`Callable`, *optional*):
-            From the scores and the tokens of the step before to other scores of the same shape.
+            From the scores, the indices of the rows, and what makes tokens of scores, to other scores of the same
+            shape.
         fixed_tokens (`torch.LongTensor` of shape `(rows, N)`, *optional*):
             Tokens that stay as they are where `fixed_mask` is true: infilling.
         fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*):
@@ -494,16 +533,15 @@ def denoise(
     for timestep, next_timestep in zip(timesteps, timesteps[1:]):
         # 2. Predict clean tokens
         logits = predict(state, timestep)
-        if process_logits is not None:
-            logits = process_logits(logits, tokens)
         # 3. Back to the one-hot vectors
         uniform = None
         if sampling_strategy == "multinomial":
             uniform = torch.rand(num_noise_samples, num_tokens, generator=generator, device=generator.device)
             uniform = uniform.to(logits.device)[active % num_noise_samples]
-        previous, tokens = tokens, corruption.accept(state, to_one(logits, sampling_strategy, uniform))
-        if fixed_mask is not None:
-            tokens = torch.where(fixed_mask, fixed_tokens, tokens)
+        choose = TokenChoice(corruption, state, sampling_strategy, uniform, fixed_tokens, fixed_mask)
+        if process_logits is not None:
+            logits = process_logits(logits, active, choose)
+        previous, tokens = tokens, choose(logits)
         yield DenoisingStep(timestep, active, logits, tokens)
         if next_timestep == 0:
             return
@@ -523,7 +561,7 @@ def denoise(
                     fixed_tokens, fixed_mask = fixed_tokens[keep], fixed_mask[keep]
         # 5. Re-noise, less than before
         scores = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        state = corruption.step(state, tokens, scores, next_timestep, noise[active % num_noise_samples])
+        state = corruption.step(state, tokens, scores, next_timestep, noise[active % num_noise_samples], fixed_mask)
 
 
 __all__ = [
@@ -531,6 +569,7 @@ __all__ = [
     "GaussianCorruption",
     "MaskCorruption",
     "Predictor",
+    "TokenChoice",
     "alpha_bar_schedule",
     "apply_guidance",
     "argmax_accuracy",
