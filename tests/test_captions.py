@@ -90,6 +90,8 @@ def test_coco_layout(tmp_path):
     data = load_caption_data(recipe)
     assert data["train2017"]["captions"][:] == [["A cat."], ["A dog runs.", "The dog."]]
     assert data["val2017"][1]["image"].size == (16, 16)
+    undecoded = data["val2017"].cast_column("image", Image(decode=False))[0]["image"]
+    assert undecoded == {"bytes": None, "path": str(tmp_path / "val2017/000000000007.jpg")}  # the images stay files
     recipe.eval_splits = ["test2017"]
     with pytest.raises(ValueError, match="COCO has no split 'test2017' in .*; it has train2017, val2017"):
         load_caption_data(recipe)

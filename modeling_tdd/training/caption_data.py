@@ -4,6 +4,7 @@
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,21 @@ def _load_coco_split(folder: Path, split: str) -> Dataset:
     if not file.exists():
         known = sorted(path.stem.removeprefix("captions_") for path in file.parent.glob("captions_*.json"))
         raise ValueError(f"COCO has no split {split!r} in {folder}; it has {', '.join(known) or 'none'}.")
+    # A generator's rows are kept on disc by its arguments, and with them what was found bad: the times are there so
+    # that new files are read again.
+    times = tuple(path.stat().st_mtime_ns for path in (file, folder / split))  # a list would be split into shards
+    rows = {"file": file, "images": folder / split, "times": times}
+    features = Features({"image": Image(decode=False), "captions": List(Value("string"))})
+    return Dataset.from_generator(_coco_rows, features=features, gen_kwargs=rows)
+
+
+def _coco_rows(file: Path, images: Path, times: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     content = json.loads(file.read_text())
     captions: dict[int, list[str]] = defaultdict(list)
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
-    rows = {
-        "image": [str(folder / split / image["file_name"]) for image in content["images"]],
-        "captions": [captions[image["id"]] for image in content["images"]],
-    }
-    return Dataset.from_dict(rows).cast_column("image", Image(decode=False))
+    for image in content["images"]:
+        yield {"image": str(images / image["file_name"]), "captions": captions[image["id"]]}
 
 
 def _drop_bad_examples(recipe: CaptionDataRecipe, split: str, data: Dataset) -> Dataset:
