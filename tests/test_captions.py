@@ -26,8 +26,8 @@ from modeling_tdd.evaluation.captions import (
     token_f1,
 )
 from modeling_tdd.training.caption_data import load_caption_data
-from modeling_tdd.training.features import cache_features, features_fingerprint
-from modeling_tdd.training.recipe import CaptionDataRecipe, load_recipe
+from modeling_tdd.training.features import AugmentedViews, cache_features, features_fingerprint
+from modeling_tdd.training.recipe import AugmentationRecipe, CaptionDataRecipe, load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
@@ -271,6 +271,35 @@ def test_a_cache_is_read_only_where_nothing_changed(encoder, processor, pictures
 
     monkeypatch.setattr(TDDModel, "get_image_features", encode)
     assert not cache_features(encoder, processor, pictures, path).equal(first)
+
+
+def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, processor, pictures, tmp_path):
+    fingerprints = set()
+    for name in ("one", "other"):
+        encoder.encoder.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        again = TDDModel.from_encoder_pretrained(
+            tmp_path / name, pooling=None, vocab_size=9, hidden_size=32, num_attention_heads=2
+        )
+        loaded_processor = AutoImageProcessor.from_pretrained(tmp_path / name)
+        fingerprints.add(features_fingerprint(again, loaded_processor, pictures, torch.float16))
+    assert len(fingerprints) == 1
+
+
+def test_views_are_augmented_and_apart(encoder, processor, tmp_path):
+    images = [PILImage.effect_noise((16, 16), 90).convert("RGB") for _ in range(3)]
+    noise = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+    recipe = AugmentationRecipe(scale=(0.3, 0.6))
+    views = [AugmentedViews(recipe, processor, view) for view in (0, 1)]
+    plain = cache_features(encoder, processor, noise, tmp_path / "plain.safetensors")
+    first, second = (
+        cache_features(encoder, view, noise, tmp_path / f"{i}.safetensors") for i, view in enumerate(views)
+    )
+    assert first.shape == plain.shape and not first.equal(plain) and not first.equal(second)
+    assert cache_features(encoder, views[0], noise, tmp_path / "0.safetensors").equal(first)
+    assert features_fingerprint(encoder, views[0], noise, torch.float16) != features_fingerprint(
+        encoder, views[1], noise, torch.float16
+    )
 
 
 def test_a_failed_or_foreign_cache_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):

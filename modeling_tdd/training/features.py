@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, Image
+from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,17 +19,42 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from ..modeling_tdd import TDDModel
-from .data import Example
+from .data import Example, build_train_transform
+from .recipe import AugmentationRecipe
 
 
 # Names of the dtypes in a safetensors header
 STORED_DTYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 
+class AugmentedViews:
+    r"""
+    Takes an image processor's place in [`cache_features`], to keep features of random training views.
+
+    An encoder knows the pictures that it was trained on better than any others. A decoder that learns from several
+    views of them in turn meets features more like those of new pictures.
+
+    Args:
+        recipe ([`AugmentationRecipe`]): How to draw a view.
+        image_processor (`BaseImageProcessor`): Of the encoder.
+        view (`int`, *optional*, defaults to 0): Number of this view of the pictures: each is a file of its own.
+    """
+
+    def __init__(self, recipe: AugmentationRecipe, image_processor: BaseImageProcessor, view: int = 0):
+        self.transform = build_train_transform(recipe, image_processor)
+        self.settings = {"augmentation": asdict(recipe), "view": view, "image_processor": image_processor.to_dict()}
+
+    def __call__(self, images: list[PILImage.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
+
+
 @torch.inference_mode()
 def cache_features(
     model: TDDModel,
-    image_processor: BaseImageProcessor,
+    image_processor: BaseImageProcessor | AugmentedViews,
     dataset: Dataset,
     path: str | Path,
     batch_size: int = 64,
@@ -41,7 +69,7 @@ def cache_features(
 
     Args:
         model ([`TDDModel`]): Its encoder, on whatever device.
-        image_processor (`BaseImageProcessor`): Of the encoder.
+        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): Of the encoder.
         dataset (`Dataset`): With a column `image`.
         path (`str` or `Path`): A safetensors file.
         batch_size (`int`, *optional*, defaults to 64): Images to encode at once.
@@ -67,12 +95,14 @@ def cache_features(
 
 
 def features_fingerprint(
-    model: TDDModel, image_processor: BaseImageProcessor, dataset: Dataset, dtype: torch.dtype
+    model: TDDModel, image_processor: BaseImageProcessor | AugmentedViews, dataset: Dataset, dtype: torch.dtype
 ) -> str:
     """A hash of all that decides the features: weights, settings, and the bytes of the images in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    settings = [model.config.vision_config.to_dict(), model.config.pooling, image_processor.to_dict(), str(dtype)]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    vision_config = model.config.vision_config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):  # the same encoder, from another folder
+        vision_config.pop(key, None)
+    settings = [vision_config, model.config.pooling, image_processor.to_dict(), str(dtype)]
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in model.encoder.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -98,7 +128,7 @@ def _write(
     path: Path,
     fingerprint: str,
     model: TDDModel,
-    image_processor: BaseImageProcessor,
+    image_processor: BaseImageProcessor | AugmentedViews,
     dataset: Dataset,
     batch_size: int,
     dtype: torch.dtype,
