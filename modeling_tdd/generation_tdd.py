@@ -1,12 +1,15 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Captioning by denoising: `generate`, its configuration and its output."""
+"""Captioning by denoising: `generate`, its configuration and its output.
 
-import copy
+A caption always has the model's N places, as in training. What is known of it beforehand is fixed: a prompt, the words
+around a gap, and padding in the places beyond the wanted length.
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig
 from transformers.generation import (
     NoBadWordsLogitsProcessor,
@@ -17,12 +20,16 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .configuration_tdd import GUIDANCE_SCHEDULES, check_choice, check_range
-from .diffusion_tdd import denoise
+from .diffusion_tdd import DenoisingStep, TokenChoice, denoise
 
+
+logger = logging.get_logger(__name__)
 
 SAMPLERS = ("renoise",)
+SAMPLING_PARAMETERS = ("temperature", "top_k", "top_p")
 TRAJECTORY_CANDIDATES = 5
 
 
@@ -35,9 +42,10 @@ class TDDGenerationConfig(GenerationConfig):
         > Length
 
         max_length (`int`, *optional*):
-            Places for tokens, the prompt among them; at most the model's `max_position_embeddings`, the default.
+            Tokens of a caption, the prompt and the end token among them; at most the model's
+            `max_position_embeddings`, the default.
         max_new_tokens (`int`, *optional*):
-            Places beyond the prompt. What exceeds `max_length` is cut.
+            Tokens beyond the given ones. What exceeds `max_length` is cut.
 
         > Diffusion
 
@@ -109,7 +117,8 @@ class TDDGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs: Any):
         # Not calling super().__init__(): most of its attributes do not apply.
         for name, default in self._DEFAULTS.items():
-            setattr(self, name, kwargs.pop(name, default))
+            value = kwargs.pop(name, None)
+            setattr(self, name, default if value is None else value)
         for name in self._METADATA:
             setattr(self, name, kwargs.pop(name, None))
         if kwargs:
@@ -132,7 +141,7 @@ class TDDGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value!r}.")
-        for name in ("temperature", "top_k", "top_p"):
+        for name in SAMPLING_PARAMETERS:
             if getattr(self, name) is not None and not self.do_sample:
                 raise ValueError(f"`{name}` needs `do_sample=True`: the argmax has no use for it.")
 
@@ -142,10 +151,6 @@ class TDDGenerationConfig(GenerationConfig):
         return cls(
             pad_token_id=model_config.pad_token_id, eos_token_id=model_config.eos_token_id, _from_model_config=True
         )
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return dict(TDDGenerationConfig._DEFAULTS)
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("Diffusion has no generation mode of Transformers' autoregressive models.")
@@ -158,10 +163,11 @@ class TDDTrajectory(ModelOutput):
 
     Args:
         timesteps (`torch.LongTensor` of shape `(num_inference_steps,)`): The timestep of each step.
-        tokens (`torch.LongTensor` of shape `(num_sequences, num_inference_steps, length)`): The draft at each step.
+        tokens (`torch.LongTensor` of shape `(num_sequences, num_inference_steps, length)`):
+            The draft at each step, with whatever stands behind its end.
         scores (`torch.FloatTensor` of the same shape): Log-probability of each of its tokens.
         candidates (`torch.LongTensor` of shape `(num_sequences, num_inference_steps, length, 5)`):
-            The likeliest tokens of each place.
+            The likeliest tokens of each place, best first; fewer than 5 where the vocabulary has fewer.
         candidate_scores (`torch.FloatTensor` of the same shape): Their log-probabilities.
     """
 
@@ -181,7 +187,7 @@ class TDDGenerationOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`):
             Captions: the prompt where one was given, tokens, the end token, padding.
         scores (`torch.FloatTensor` of the same shape):
-            Log-probability of each place's token at the row's last step.
+            Log-probability of each token at the row's last step, given the draft before. 0 for padding after the end.
         num_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`):
             Denoising steps that each row took.
         trajectory ([`TDDTrajectory`], *optional*, with `output_trajectory=True`):
@@ -219,7 +225,7 @@ class TDDGenerationMixin:
         Captions images by the argmax-and-re-noise loop of Section 3.2:
         ```
         1. Encode the images into the prefix, once
-        2. Fix the tokens of prompt and infilling
+        2. Fix the tokens of prompt and infilling, and padding beyond the wanted length
         3. Denoise: for each step
             a. predict clean tokens, with guidance, processed by the logits processors
             b. keep the tokens and scores of the rows that are still denoised; send a draft to the streamer
@@ -239,15 +245,16 @@ class TDDGenerationMixin:
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
                 Infilling: tokens, of which those with a 1 in `decoder_attention_mask` stay as they are.
             decoder_attention_mask (`torch.Tensor` of the same shape, *optional*):
-                1 for fixed tokens, 0 for places to fill.
+                1 for fixed tokens, 0 for places to fill. A caption does not end before its last fixed token.
             generation_config ([`TDDGenerationConfig`] or `GenerationConfig`, *optional*):
                 Parameters; the model's own by default. Of a plain `GenerationConfig` those that apply are taken.
             logits_processor (`LogitsProcessorList`, *optional*):
-                Processors of Transformers. Each place is processed given the draft's tokens before it.
+                Processors of Transformers. Each place is processed given the tokens before it at the same step.
             generator (`torch.Generator`, *optional*):
                 Source of the noise, in place of `seed`. A CPU generator serves a model on any device.
             streamer (`BaseStreamer`, *optional*):
-                Receives the final tokens through `put`, and each step's draft through `put_draft` where it has one.
+                Receives through `put` the prompt and, at the end, the tokens behind it; and each step's draft of these
+                through `put_draft`, where it has that.
             kwargs:
                 Parameters of [`TDDGenerationConfig`], which take precedence.
 
@@ -269,56 +276,59 @@ class TDDGenerationMixin:
         # 1. Encode the images
         prefix = self.model.get_prefix(pixel_values, image_features)
         repeats = config.num_return_sequences
+        num_rows = len(prefix) * repeats
         # 2. Fix tokens
-        length, fixed_tokens, fixed_mask = self._prepare_fixed_tokens(
+        fixed = self._prepare_fixed_tokens(
             config, len(prefix), input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
         )
-        if fixed_tokens is not None:
-            fixed_tokens = fixed_tokens.to(prefix.device).repeat_interleave(repeats, dim=0)
-            fixed_mask = fixed_mask.to(prefix.device).repeat_interleave(repeats, dim=0)
+        fixed = fixed.repeat(repeats, prefix.device)
+        if streamer is not None:
+            streamer.put(fixed.tokens[:, : fixed.prompt_length].cpu())
         # 3. Denoise
         predictor = self.make_predictor(prefix, repeats, config.guidance_scale, config.guidance_schedule)
-        recorder = StepRecorder(len(prefix) * repeats, length, prefix.device, config.output_trajectory)
+        recorder = StepRecorder(config.output_trajectory)
         for step in denoise(
             predictor,
             predictor.corruption,
-            rows=len(prefix) * repeats,
-            num_tokens=length,
+            rows=num_rows,
+            num_tokens=self.config.max_position_embeddings,
             num_inference_steps=config.num_inference_steps,
             sampling_strategy="multinomial" if config.do_sample else "argmax",
             generator=torch.Generator().manual_seed(config.seed) if generator is None else generator,
             num_noise_samples=repeats,
-            process_logits=TokenLogitsProcessor.make(config, logits_processor, prefix.device),
-            fixed_tokens=fixed_tokens,
-            fixed_mask=fixed_mask,
+            process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
+            fixed_tokens=fixed.tokens if fixed.mask.any() else None,
+            fixed_mask=fixed.mask if fixed.mask.any() else None,
             stability_threshold=config.stability_threshold,
         ):
             recorder.record(step)
             if streamer is not None and hasattr(streamer, "put_draft"):
-                streamer.put_draft(recorder.tokens.cpu())
+                draft = pad_after_end(recorder.tokens[:, : fixed.length], config)
+                streamer.put_draft(draft[:, fixed.prompt_length :].cpu())
         # 4. Pad
-        sequences = self._pad_after_end(recorder.tokens, config)
+        tokens = recorder.tokens[:, : fixed.length]
+        sequences = pad_after_end(tokens, config)
         if streamer is not None:
-            streamer.put(sequences.cpu())
+            streamer.put(sequences[:, fixed.prompt_length :].cpu())
             streamer.end()
         if not config.return_dict_in_generate:
             return sequences
         return TDDGenerationOutput(
             sequences=sequences,
-            scores=recorder.scores,
+            scores=recorder.scores[:, : fixed.length].masked_fill(follows_end(tokens, config), 0.0),
             num_steps=recorder.num_steps,
-            trajectory=recorder.trajectory() if config.output_trajectory else None,
+            trajectory=recorder.trajectory(fixed.length) if config.output_trajectory else None,
         )
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> TDDGenerationConfig:
-        """Arguments of the call over `generation_config` over the model's own over the defaults."""
-        given = generation_config if generation_config is not None else getattr(self, "generation_config", None)
-        parameters = {}
-        if given is not None:
-            values = {name: getattr(given, name, None) for name in TDDGenerationConfig._DEFAULTS}
-            parameters = {name: copy.deepcopy(value) for name, value in values.items() if value is not None}
+        """Arguments of the call over `generation_config` over the model's special tokens and the defaults."""
+        given = self.generation_config if generation_config is None else generation_config
+        parameters = {name: getattr(given, name, None) for name in TDDGenerationConfig._DEFAULTS}
+        if not kwargs.get("do_sample", parameters["do_sample"]):
+            for name in SAMPLING_PARAMETERS:
+                parameters.pop(name)
         config = TDDGenerationConfig(**{**parameters, **kwargs})
         for name in ("pad_token_id", "eos_token_id"):
             if getattr(config, name) is None:
@@ -333,125 +343,188 @@ class TDDGenerationMixin:
         attention_mask: Tensor | None,
         decoder_input_ids: Tensor | None,
         decoder_attention_mask: Tensor | None,
-    ) -> tuple[int, Tensor | None, Tensor | None]:
-        """Number of places, and the tokens and mask of those that are fixed."""
+    ) -> "FixedTokens":
+        """Checks prompt or infilling, and fixes padding behind the last place that each row may fill."""
         places = self.config.max_position_embeddings
-        length = places if config.max_length is None else min(config.max_length, places)
-        prompt = None if input_ids is None or input_ids.shape[1] == 0 else input_ids
-        if prompt is not None and decoder_input_ids is not None:
+        max_length = places if config.max_length is None else min(config.max_length, places)
+        if input_ids is not None and decoder_input_ids is not None:
             raise ValueError("Give a prompt (`input_ids`) or an infilling (`decoder_input_ids`), not both.")
         if decoder_input_ids is not None:
             if decoder_attention_mask is None or decoder_attention_mask.shape != decoder_input_ids.shape:
                 raise ValueError(
                     "`decoder_input_ids` needs a `decoder_attention_mask` of its shape, 1 for fixed tokens."
                 )
-            tokens, mask = decoder_input_ids, decoder_attention_mask.bool()
-        elif prompt is not None:
-            mask = torch.ones_like(prompt, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            tokens, mask = decoder_input_ids.long(), decoder_attention_mask.bool()
+            given_length = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+        elif input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             # Padding on the left moves to the right: a prompt begins at the first place.
-            order = mask.logical_not().long().argsort(dim=1, stable=True)
-            tokens, mask = prompt.gather(1, order), mask.gather(1, order)
+            order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
+            tokens, mask = input_ids.long().gather(1, order), mask.bool().gather(1, order)
+            given_length = mask.sum(dim=1)
+            tokens, mask = tokens[:, : given_length.max()], mask[:, : given_length.max()]
         else:
-            return self._cut_length(config, length, 0), None, None
-        self._check_fixed_tokens(tokens, mask, batch_size, length)
-        length = self._cut_length(config, length, tokens.shape[1] if prompt is not None else 0)
-        length = max(length, tokens.shape[1])
-        missing = (0, length - tokens.shape[1])
-        tokens = torch.nn.functional.pad(tokens, missing, value=config.pad_token_id)
-        return length, tokens, torch.nn.functional.pad(mask, missing, value=False)
+            tokens = torch.zeros(batch_size, 0, dtype=torch.long)
+            mask, given_length = tokens.bool(), torch.zeros(batch_size, dtype=torch.long)
+        if len(tokens) != batch_size:
+            raise ValueError(f"There are {batch_size} images and {len(tokens)} rows of tokens.")
+        if tokens.shape[1] > max_length:
+            raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {max_length} places of a caption.")
+        given = tokens[mask]
+        if ((given < 0) | (given >= self.config.vocab_size)).any():
+            raise ValueError(f"Given token ids must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
+        row_length = (given_length + (config.max_new_tokens or places)).clamp(max=max_length)
+        missing = (0, places - tokens.shape[1])
+        mask = nn.functional.pad(mask, missing, value=False)
+        is_content = mask & (nn.functional.pad(tokens, missing) != config.pad_token_id)
+        beyond = torch.arange(places, device=mask.device) >= row_length[:, None]
+        return FixedTokens(
+            tokens=nn.functional.pad(tokens, missing, value=config.pad_token_id),
+            mask=mask | beyond,
+            # A place with content behind it: counted from the right, without its own
+            before_content=is_content.flip(1).cumsum(1).flip(1) - is_content.long() > 0,
+            prompt_length=0 if input_ids is None else int(given_length.min()),
+            length=int(row_length.max()),
+        )
 
-    @staticmethod
-    def _cut_length(config: TDDGenerationConfig, length: int, prompt_length: int) -> int:
-        return length if config.max_new_tokens is None else min(length, prompt_length + config.max_new_tokens)
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by `from_pretrained`: loads the checkpoint's generation_config.json."""
+        kwargs.pop("trust_remote_code", None)
+        if generation_config is not None:
+            self.generation_config = self._prepare_generation_config(generation_config, {})
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **kwargs,
+                )
+            except OSError:
+                logger.info("No generation_config.json: the default generation parameters are used.")
 
-    def _check_fixed_tokens(self, tokens: Tensor, mask: Tensor, batch_size: int, length: int) -> None:
-        if tokens.shape[0] != batch_size:
-            raise ValueError(f"There are {batch_size} images and {tokens.shape[0]} rows of tokens.")
-        if tokens.shape[1] > length:
-            raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {length} places of a caption.")
-        fixed = tokens[mask]
-        if fixed.numel() > 0 and (fixed.min() < 0 or fixed.max() >= self.config.vocab_size):
-            raise ValueError(f"Given token ids must be in [0, {self.config.vocab_size - 1}], got {fixed.tolist()}.")
 
-    @staticmethod
-    def _pad_after_end(tokens: Tensor, config: TDDGenerationConfig) -> Tensor:
-        is_end = (tokens == config.eos_token_id) | (tokens == config.pad_token_id)
-        follows_end = is_end.cumsum(1) - is_end.long() > 0
-        return tokens.masked_fill(follows_end, config.pad_token_id)
+def follows_end(tokens: Tensor, config: TDDGenerationConfig) -> Tensor:
+    """Whether an end token, or padding, stands before a place."""
+    is_end = (tokens == config.eos_token_id) | (tokens == config.pad_token_id)
+    return is_end.cumsum(1) - is_end.long() > 0
+
+
+def pad_after_end(tokens: Tensor, config: TDDGenerationConfig) -> Tensor:
+    return tokens.masked_fill(follows_end(tokens, config), config.pad_token_id)
+
+
+@dataclass
+class FixedTokens:
+    """
+    What is known of captions beforehand.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(rows, N)`): Tokens.
+        mask (`torch.BoolTensor` of the same shape): Where they are fixed.
+        before_content (`torch.BoolTensor` of the same shape): Places before a fixed token, where no caption may end.
+        prompt_length (`int`): Tokens that every row's prompt has.
+        length (`int`): Places of the longest row.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    before_content: Tensor
+    prompt_length: int
+    length: int
+
+    def repeat(self, repeats: int, device: torch.device) -> "FixedTokens":
+        """Each row `repeats` times in succession, on a device."""
+        tensors = (self.tokens, self.mask, self.before_content)
+        repeated = (tensor.to(device).repeat_interleave(repeats, dim=0) for tensor in tensors)
+        return FixedTokens(*repeated, self.prompt_length, self.length)
 
 
 class TokenLogitsProcessor:
     """Applies Transformers' logits processors, made for the next token alone, to the places of a draft."""
 
-    def __init__(self, processors: LogitsProcessorList, warpers: LogitsProcessorList):
-        self.processors = processors
-        self.warpers = warpers
-
-    @classmethod
-    def make(
-        cls, config: TDDGenerationConfig, logits_processor: LogitsProcessorList | None, device: torch.device
-    ) -> "TokenLogitsProcessor | None":
-        """The processors that a configuration asks for, after the given ones; `None` where there are none."""
-        processors = LogitsProcessorList(logits_processor or [])
+    def __init__(self, config: TDDGenerationConfig, logits_processor: LogitsProcessorList | None, fixed: FixedTokens):
+        self.end_tokens = [config.pad_token_id, config.eos_token_id]
+        self.before_content = fixed.before_content if fixed.before_content.any() else None
+        self.processors = LogitsProcessorList(logits_processor or [])
         if config.bad_words_ids is not None:
-            processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
+            self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
         if config.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-        warpers = LogitsProcessorList()
+            self.processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+        self.warpers = LogitsProcessorList()
         if config.do_sample and config.temperature is not None:
-            warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+            self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.do_sample and config.top_k is not None:
-            warpers.append(TopKLogitsWarper(config.top_k))
+            self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.do_sample and config.top_p is not None:
-            warpers.append(TopPLogitsWarper(float(config.top_p)))
-        return cls(processors, warpers) if processors or warpers else None
+            self.warpers.append(TopPLogitsWarper(float(config.top_p)))
 
-    def __call__(self, logits: Tensor, tokens: Tensor | None) -> Tensor:
-        """From scores of shape (rows, N, K) to others. What comes before a place is its own, processed argmax, so that
-        the outcome holds for the tokens of this step and not of the last."""
-        if self.processors:
-            before = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
-            processed = []
-            for place in range(logits.shape[1]):
-                processed.append(self.processors(before, logits[:, place]))
-                before = torch.cat([before, processed[-1].argmax(-1, keepdim=True)], dim=1)
-            logits = torch.stack(processed, dim=1)
-        if self.warpers:
-            logits = self.warpers(None, logits.flatten(0, 1)).view(logits.shape)
-        return logits
+    def __call__(self, logits: Tensor, rows: Tensor, choose: TokenChoice) -> Tensor:
+        """From scores of shape (rows, N, K) to others; `choose` makes tokens of them."""
+        if self.before_content is not None:
+            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            is_end[self.end_tokens] = True
+            logits = logits.masked_fill(self.before_content[rows][..., None] & is_end, float("-inf"))
+        if not self.processors:
+            return self.warpers(None, logits.flatten(0, 1)).view(logits.shape)
+        before = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
+        has_ended = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
+        processed = []
+        for place in range(logits.shape[1]):
+            # Behind the end stands padding, which is no repetition
+            scores = torch.where(has_ended, logits[:, place], self.processors(before, logits[:, place]))
+            processed.append(self.warpers(before, scores))
+            token = choose(processed[-1], place)[:, None]
+            before = torch.cat([before, token], dim=1)
+            has_ended = has_ended | (token == self.end_tokens[0]) | (token == self.end_tokens[1])
+        return torch.stack(processed, dim=1)
 
 
 class StepRecorder:
     """The latest tokens and scores of every row, and on demand all of them."""
 
-    def __init__(self, rows: int, length: int, device: torch.device, keep_trajectory: bool):
-        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
-        self.scores = torch.zeros(rows, length, device=device)
-        self.num_steps = torch.zeros(rows, dtype=torch.long, device=device)
+    def __init__(self, keep_trajectory: bool):
         self.keep_trajectory = keep_trajectory
         self.timesteps: list[int] = []
         self.history: list[tuple[Tensor, ...]] = []
-        shape = (rows, length, TRAJECTORY_CANDIDATES)
-        self.candidates = torch.zeros(shape, dtype=torch.long, device=device)
-        self.candidate_scores = torch.zeros(shape, device=device)
 
-    def record(self, step: Any) -> None:
-        """Takes a [`DenoisingStep`]; rows that have left the loop keep what they have."""
+    def record(self, step: DenoisingStep) -> None:
+        """Takes a step; rows that have left the loop keep what they have. The first step is every row's."""
         log_probabilities = step.logits.log_softmax(-1)
-        self.tokens[step.rows] = step.tokens
-        self.scores[step.rows] = log_probabilities.gather(-1, step.tokens[..., None])[..., 0]
-        self.num_steps[step.rows] += 1
+        scores = log_probabilities.gather(-1, step.tokens[..., None])[..., 0]
+        latest = [step.tokens, scores]
         if self.keep_trajectory:
-            top = log_probabilities.topk(min(TRAJECTORY_CANDIDATES, log_probabilities.shape[-1]), dim=-1)
-            self.candidate_scores[step.rows, :, : top.values.shape[-1]] = top.values
-            self.candidates[step.rows, :, : top.values.shape[-1]] = top.indices
-            self.timesteps.append(step.timestep)
-            state = (self.tokens, self.scores, self.candidates, self.candidate_scores)
-            self.history.append(tuple(tensor.clone() for tensor in state))
+            best = log_probabilities.topk(min(TRAJECTORY_CANDIDATES, log_probabilities.shape[-1]), dim=-1)
+            latest += [best.indices, best.values]
+        if not self.timesteps:
+            self.num_steps = torch.zeros_like(step.rows)
+            self.latest = tuple(torch.empty_like(tensor) for tensor in latest)
+        for kept, tensor in zip(self.latest, latest):
+            kept[step.rows] = tensor
+        self.num_steps[step.rows] += 1
+        self.timesteps.append(step.timestep)
+        if self.keep_trajectory:
+            self.history.append(tuple(tensor.clone() for tensor in self.latest))
 
-    def trajectory(self) -> TDDTrajectory:
-        tokens, scores, candidates, candidate_scores = (torch.stack(kept, dim=1) for kept in zip(*self.history))
-        return TDDTrajectory(torch.tensor(self.timesteps), tokens, scores, candidates, candidate_scores)
+    @property
+    def tokens(self) -> Tensor:
+        return self.latest[0]
+
+    @property
+    def scores(self) -> Tensor:
+        return self.latest[1]
+
+    def trajectory(self, length: int) -> TDDTrajectory:
+        """All steps of the first `length` places."""
+        steps = (torch.stack(kept, dim=1)[:, :, :length] for kept in zip(*self.history))
+        return TDDTrajectory(torch.tensor(self.timesteps), *steps)
 
 
 __all__ = ["TDDGenerationConfig", "TDDGenerationMixin", "TDDGenerationOutput", "TDDTrajectory"]
