@@ -371,12 +371,14 @@ class TDDDenoiser(TDDPreTrainedModel):
 
     def drop_condition(self, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""
-        Replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
+        In training, replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
 
         Returns:
             The prefix, of the same shape, and its mask of shape `(batch_size, prefix_length)`: a dropped row shows its
             first token alone, since the null prefix is one token. For a prefix of one token the mask is `None`.
         """
+        if not self.training:
+            return prefix, None
         batch_size, prefix_length, _ = prefix.shape
         dropped = torch.rand(batch_size, 1, 1, device=prefix.device) < self.config.condition_dropout
         prefix = torch.where(dropped, self.null_prefix.to(prefix.dtype), prefix)
