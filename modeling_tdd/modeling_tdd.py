@@ -371,7 +371,7 @@ class TDDDenoiser(TDDPreTrainedModel):
 
     def drop_condition(self, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""
-        In training, replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
+        In training, replaces the prefix of some images by the null prefix, for guidance without a classifier (A.3).
 
         Returns:
             The prefix, of the same shape, and its mask of shape `(batch_size, prefix_length)`: a dropped row shows its
