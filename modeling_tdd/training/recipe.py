@@ -146,6 +146,14 @@ class CaptionEvaluationRecipe:
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])
 
+    def grid(self) -> list[dict[str, Any]]:
+        """Arguments of `generate`, a dictionary a cell of the table."""
+        return [
+            {"num_inference_steps": steps, "guidance_scale": scale}
+            for scale in self.guidance_scale
+            for steps in self.num_inference_steps
+        ]
+
 
 @dataclass
 class WordsRecipe:
@@ -192,11 +200,17 @@ class CaptionRecipe(Recipe):
 
     Args:
         tokenizer (`dict`): Arguments of [`train_tokenizer`].
+        encoder (`str`, *optional*):
+            Id or folder of a pretrained encoder, a relative path starting at the working directory. With
+            `model.freeze_encoder` its features are computed once.
+        feature_views (`int`): Augmented views of each training picture whose features are kept, for a frozen encoder.
     """
 
     data: CaptionDataRecipe
     evaluation: CaptionEvaluationRecipe = field(default_factory=CaptionEvaluationRecipe)
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    encoder: str | None = None
+    feature_views: int = 1
 
 
 @dataclass

@@ -1,0 +1,232 @@
+"""Train captioners by a recipe, TDD and its rival MDD alike, and print their scores side by side.
+
+    python scripts/train_captioning.py scripts/recipes/emoji.yaml --methods tdd mdd --seeds 0 1 2
+
+Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from datasets import DatasetDict
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
+
+from modeling_tdd import TDDForCaptioning
+from modeling_tdd.configuration_tdd import TDDConfig
+from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
+from modeling_tdd.processing_tdd import TDDProcessor
+from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.data import Batch, Example, build_train_transform
+from modeling_tdd.training.features import AugmentedViews, cache_features
+from modeling_tdd.training.loop import make_accelerator, make_loader, train
+from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
+from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
+from modeling_tdd.training.tokenization import train_tokenizer
+
+
+CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/emoji.yaml")
+    parser.add_argument("--methods", nargs="+", choices=list(CORRUPTIONS), default=["tdd"], help="what to train")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
+    parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
+    return parser.parse_args()
+
+
+def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
+    """The encoder's image processor, or one of the recipe, with a tokenizer trained on the training captions."""
+    captions = [caption for captions in data[recipe.data.train_split]["captions"] for caption in captions]
+    tokenizer = train_tokenizer(captions, **recipe.tokenizer)
+    tokenizer.model_max_length = recipe.model["max_position_embeddings"]
+    if recipe.encoder is not None:
+        return TDDProcessor(AutoImageProcessor.from_pretrained(recipe.encoder), tokenizer)
+    return TDDProcessor(ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True), tokenizer)
+
+
+def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> TDDForCaptioning:
+    fields = {
+        **recipe.model,
+        "corruption": CORRUPTIONS[method],
+        "vocab_size": len(processor.tokenizer),
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+    }
+    if recipe.encoder is not None:
+        return TDDForCaptioning.from_encoder_pretrained(recipe.encoder, **fields)
+    return TDDForCaptioning(TDDConfig(**fields))
+
+
+class CachedExamples(Dataset):
+    """Features of a frozen encoder in place of images; of several views of a picture one is drawn each time."""
+
+    def __init__(self, views: list[Tensor], captions: list[list[str]]):
+        self.views = views
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> Example:
+        view = self.views[int(torch.randint(len(self.views), ()))]
+        return {"image_features": view[index], "captions": self.captions[index]}
+
+
+class CaptionCollator:
+    """Batches of `labels`, one caption an image drawn at random, with `image_features` or `pixel_values`."""
+
+    def __init__(self, processor: TDDProcessor, transform: Any = None):
+        self.processor = processor
+        self.transform = transform
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        captions = [e["captions"][int(torch.randint(len(e["captions"]), ()))] for e in examples]
+        labels = self.processor(captions=captions, return_tensors="pt")["labels"]
+        return {**self.encode_images(examples), "labels": labels}
+
+    def encode_images(self, examples: list[Example]) -> Batch:
+        if "image_features" in examples[0]:
+            return {"image_features": torch.stack([example["image_features"] for example in examples])}
+        images = [example["image"].convert("RGB") for example in examples]
+        if self.transform is not None:
+            return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+
+
+def make_examples(
+    recipe: CaptionRecipe,
+    model: TDDForCaptioning,
+    image_processor: BaseImageProcessor,
+    data: DatasetDict,
+    folder: Path,
+    accelerator: Accelerator,
+) -> dict[str, Dataset]:
+    """Each split as it is or, for a frozen encoder, as cached features."""
+    if not recipe.model.get("freeze_encoder", False):
+        return dict(data)
+    examples = {}
+    with accelerator.main_process_first():
+        for split in data:
+            views: list[Any] = [image_processor]
+            if split == recipe.data.train_split and recipe.feature_views > 1:
+                views = [
+                    AugmentedViews(recipe.augmentation, image_processor, view) for view in range(recipe.feature_views)
+                ]
+            features = [
+                cache_features(model.model, view, data[split], folder / f"{split}-{index}.safetensors")
+                for index, view in enumerate(views)
+            ]
+            examples[split] = CachedExamples(features, data[split]["captions"])
+    return examples
+
+
+@torch.inference_mode()
+def caption_split(
+    accelerator: Accelerator, model: TDDForCaptioning, processor: TDDProcessor, loader: DataLoader, **settings: Any
+) -> list[str]:
+    """Captions of a split, in its order, from all processes together."""
+    model.eval()
+    captions: list[str] = []
+    for batch in loader:
+        batch.pop("labels")
+        with accelerator.autocast():
+            sequences = model.generate(**batch, **settings)
+        sequences = accelerator.gather_for_metrics(sequences)
+        captions += processor.batch_decode(sequences, skip_special_tokens=True)
+    return captions
+
+
+def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None:
+    """Trains one captioner, saves it, and writes its scores to `result.json` last."""
+    set_seed(seed)
+    folder = output_dir / f"{method}-seed{seed}"
+    accelerator = make_accelerator(recipe.training)
+    data = load_caption_data(recipe.data)
+    processor = make_processor(recipe, data)
+    model = make_model(recipe, method, processor)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    accelerator.print(f"{method}, seed {seed}: {trainable:.2f} M trainable parameters")
+    examples = make_examples(recipe, model, processor.image_processor, data, output_dir / "features", accelerator)
+    transform = build_train_transform(recipe.augmentation, processor.image_processor)
+    collate, eval_collate = CaptionCollator(processor, transform), CaptionCollator(processor)
+    train_split = recipe.data.train_split
+    train_loader = make_loader(accelerator, recipe.training, examples[train_split], collate, shuffle=True, seed=seed)
+    loaders = {
+        split: make_loader(accelerator, recipe.training, examples[split], eval_collate, shuffle=False)
+        for split in recipe.data.eval_splits
+    }
+    seen = seen_bigrams(caption for captions in data[train_split]["captions"] for caption in captions)
+
+    def score(model: TDDForCaptioning, split: str, **settings: Any) -> dict[str, float]:
+        predictions = caption_split(accelerator, model, processor, loaders[split], **settings)
+        return caption_metrics(predictions, data[split]["captions"], seen)
+
+    model = train(
+        accelerator,
+        recipe.training,
+        model,
+        train_loader,
+        evaluate=lambda model: score(model, recipe.data.eval_splits[0])["token_f1"],
+        description=f"{method} seed {seed}",
+    )
+    scores = [
+        {"split": split, **settings, **score(model, split, **settings)}
+        for split in loaders
+        for settings in recipe.evaluation.grid()
+    ]
+    if accelerator.is_main_process:
+        save_checkpoint(folder, model, processor)
+        result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
+        write_json(folder / "result.json", result)
+    accelerator.wait_for_everyone()
+
+
+def result_table(results: list[dict[str, Any]], split: str) -> str:
+    """Exact match and token F1 in percent: a row a method, guidance scale and metric, a column a number of steps."""
+    cells: dict[tuple[str, float, str], dict[int, list[float]]] = {}
+    for result in results:
+        for entry in (entry for entry in result["scores"] if entry["split"] == split):
+            for metric in ("exact_match", "token_f1", "stutter", "fluent"):
+                row = cells.setdefault((result["method"], entry["guidance_scale"], metric), {})
+                row.setdefault(entry["num_inference_steps"], []).append(entry[metric])
+    steps = sorted({steps for row in cells.values() for steps in row})
+    header = ["method", "guidance", "metric", *(f"{count} step{'s' if count > 1 else ''}" for count in steps)]
+    rows = [
+        [method, f"{scale:g}", metric, *(mean_and_spread(row[count]) if count in row else "" for count in steps)]
+        for (method, scale, metric), row in cells.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    args = parse_args()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    recipe = load_recipe(args.recipe, args.set, task="captioning")
+    output_dir = args.output_dir or Path("outputs") / recipe.name
+    runs = [(method, seed) for method in args.methods for seed in args.seeds]
+    for method, seed in runs:
+        folder = output_dir / f"{method}-seed{seed}"
+        if (folder / "result.json").exists():
+            state.print(f"{folder} is done already.")
+        else:
+            run(recipe, method, seed, output_dir)
+    if state.is_main_process:
+        files = [output_dir / f"{method}-seed{seed}" / "result.json" for method, seed in runs]
+        results = [json.loads(file.read_text()) for file in files]
+        tables = [f"### {split}\n\n{result_table(results, split)}" for split in recipe.data.eval_splits]
+        (output_dir / "results.md").write_text("\n\n".join(tables) + "\n")
+        print(f"\nScores in %, {len(args.seeds)} seed(s):\n\n" + "\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
