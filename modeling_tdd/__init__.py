@@ -6,11 +6,15 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tdd import TDDConfig
 from .generation_tdd import TDDGenerationConfig
 from .modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
+from .pipeline_tdd import TDDImageToTextPipeline
+from .processing_tdd import TDDProcessor
 
 
 __version__ = "0.1.0"
@@ -19,12 +23,23 @@ AutoConfig.register("tdd", TDDConfig)
 AutoModel.register(TDDConfig, TDDModel)
 AutoModelForImageClassification.register(TDDConfig, TDDForImageClassification)
 AutoModelForImageTextToText.register(TDDConfig, TDDForCaptioning)
+AutoProcessor.register(TDDConfig, TDDProcessor)
+PIPELINE_REGISTRY.register_pipeline("image-captioning", TDDImageToTextPipeline, AutoModelForImageTextToText)
+
+# A checkpoint brings the code of what it holds, for machines without this package.
+TDDConfig.register_for_auto_class()
+TDDModel.register_for_auto_class("AutoModel")
+TDDForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+TDDForCaptioning.register_for_auto_class("AutoModelForImageTextToText")
+TDDProcessor.register_for_auto_class()
 
 __all__ = [
     "TDDConfig",
     "TDDForCaptioning",
     "TDDForImageClassification",
     "TDDGenerationConfig",
+    "TDDImageToTextPipeline",
     "TDDModel",
     "TDDPreTrainedModel",
+    "TDDProcessor",
 ]

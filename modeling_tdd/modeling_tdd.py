@@ -908,6 +908,13 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any):
+        """As in Transformers; the checkpoint brings its own pipeline, for the task that Transformers 5 dropped."""
+        from .pipeline_tdd import CUSTOM_PIPELINES  # here, so that a model does not need Transformers' pipelines
+
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

@@ -1,0 +1,176 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
+
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput, load_image
+from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class TDDProcessor(ProcessorMixin):
+    r"""
+    Any image processor with any tokenizer that has a padding and an end token.
+
+    The longest caption is the tokenizer's `model_max_length`: set it to the model's `max_position_embeddings`.
+
+    Args:
+        image_processor (`BaseImageProcessor`): The encoder's image processor.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Infilling needs its mask token.
+        chat_template (`str`, *optional*): A Jinja template, to use the model with chats.
+
+    Raises:
+        `ValueError`: if the tokenizer has no padding or no end token.
+
+    Example:
+
+    ```python
+    >>> processor = TDDProcessor(ViTImageProcessor(), tokenizer)
+    >>> batch = processor(images=images, captions=captions, return_tensors="pt")  # to train
+    >>> inputs = processor(images=image, return_tensors="pt")  # to caption
+    >>> inputs = processor(images=image, text="a photo of", return_tensors="pt")  # ... from a fixed beginning
+    >>> inputs = processor(images=image, infill="a [MASK] on a [MASK]", return_tensors="pt")  # ... around gaps
+    >>> captions = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+    ```"""
+
+    text_kwargs = {"add_special_tokens": False, "padding": True, "return_token_type_ids": False}
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer needs a padding and an end token, got {tokenizer.pad_token!r} and "
+                f"{tokenizer.eos_token!r}. Set them, such as `tokenizer.eos_token = tokenizer.sep_token`."
+            )
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+    def __call__(
+        self,
+        images: ImageInput | str | Path | list[str] | list[Path] | None = None,
+        text: str | list[str] | None = None,
+        captions: str | list[str] | None = None,
+        infill: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (*optional*):
+                An image or a list of them: PIL images, arrays, tensors, file names or URLs.
+            text (`str` or `list[str]`, *optional*):
+                Prompts, a caption's fixed beginning; one string serves all images. An empty prompt is none.
+            captions (`str` or `list[str]`, *optional*):
+                Captions to learn.
+            infill (`str` or `list[str]`, *optional*):
+                Captions with gaps: each mask token is a token to fill, all else stays. One string serves all images.
+            kwargs:
+                `return_tensors`, and arguments of the image processor and the tokenizer.
+
+        Returns:
+            [`BatchFeature`]: of
+            - `pixel_values`, with `images`;
+            - `input_ids` and `attention_mask`, with `text`: an empty prompt is padding alone;
+            - `labels`, with `captions`: their tokens and the end token, padded;
+            - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`.
+
+        Raises:
+            `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, numbers of images and
+                texts that differ, or no input at all.
+        """
+        if images is None and text is None and captions is None and infill is None:
+            raise ValueError("Give at least one of `images`, `text`, `captions` and `infill`.")
+        if text is not None and infill is not None:
+            raise ValueError("Give a prompt (`text`) or an infilling (`infill`), not both.")
+        kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = kwargs["text_kwargs"].pop("return_tensors", None)
+        data: dict[str, Any] = {}
+        num_images = None
+        if images is not None:
+            kwargs["images_kwargs"].pop("return_tensors", None)
+            data.update(
+                self.image_processor(self._read_images(images), return_tensors="np", **kwargs["images_kwargs"])
+            )
+            num_images = len(data["pixel_values"])
+        if text is not None:
+            data.update(self._encode_prompts(self._to_list("text", text, num_images), kwargs["text_kwargs"]))
+        if infill is not None:
+            data.update(self._encode_infilling(self._to_list("infill", infill, num_images)))
+        if captions is not None:
+            data["labels"] = self._encode_captions(self._to_list("captions", captions, num_images))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _read_images(self, images: Any) -> Any:
+        """Images as RGB, decoded here, where an error can say which one it was."""
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        for index, image in enumerate(images):
+            if not isinstance(image, (str, Path, PIL.Image.Image)):
+                continue  # an array or tensor, which the image processor checks
+            try:
+                images[index] = load_image(str(image) if isinstance(image, Path) else image)
+            except Exception as error:  # Pillow's decoders raise many kinds
+                name = image if isinstance(image, (str, Path)) else getattr(image, "filename", "") or "in memory"
+                raise ValueError(f"Unreadable image {index} ({name}): {error}") from error
+        return images
+
+    @staticmethod
+    def _to_list(name: str, texts: Any, num_images: int | None) -> list[str]:
+        if isinstance(texts, str):
+            texts = [texts] * (num_images if num_images is not None and name != "captions" else 1)
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"`{name}` must be a string or a list of strings, got {texts!r}.")
+        if num_images is not None and len(texts) != num_images:
+            raise ValueError(f"There are {num_images} images and {len(texts)} of `{name}`.")
+        return list(texts)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of each text, without special ones."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
+        encoded = self.tokenizer(prompts, **text_kwargs)
+        if not any(prompts):
+            # Transformers' pipelines collate `input_ids`: a column of padding that nothing attends to.
+            columns = {"input_ids": [[self.tokenizer.pad_token_id]], "attention_mask": [[0]]}
+            return {name: column * len(prompts) for name, column in columns.items()}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def _encode_captions(self, captions: list[str]) -> list[list[int]]:
+        rows = self._encode(captions)
+        empty = [index for index, row in enumerate(rows) if not row]
+        if empty:
+            raise ValueError(f"Empty captions: {empty} of {len(captions)}. Leave these examples out.")
+        room = self.tokenizer.model_max_length - 1  # for the end token
+        if max(map(len, rows)) > room:
+            logger.warning_once(
+                f"Captions longer than {room} tokens and an end are truncated (`tokenizer.model_max_length`). "
+                "This is said once."
+            )
+        return self._pad([[*row[:room], self.tokenizer.eos_token_id] for row in rows])
+
+    def _encode_infilling(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        mask_token = self.tokenizer.mask_token_id
+        if mask_token is None:
+            raise ValueError("Infilling needs a tokenizer with a mask token: set `tokenizer.mask_token`.")
+        rows = self._encode(texts)
+        for text, row in zip(texts, rows):
+            if mask_token not in row:
+                raise ValueError(f"Nothing to fill: {text!r} has no {self.tokenizer.mask_token}.")
+        # The end is fixed, and so is what follows it: the caption has the words around the gaps and no more.
+        rows = self._pad([[*row, self.tokenizer.eos_token_id] for row in rows])
+        fixed = [[int(token != mask_token) for token in row] for row in rows]
+        return {"decoder_input_ids": rows, "decoder_attention_mask": fixed}
+
+    def _pad(self, rows: list[list[int]]) -> list[list[int]]:
+        length = max(map(len, rows))
+        return [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+
+
+__all__ = ["TDDProcessor"]
