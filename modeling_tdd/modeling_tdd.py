@@ -371,14 +371,12 @@ class TDDDenoiser(TDDPreTrainedModel):
 
     def drop_condition(self, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""
-        In training, replaces the prefix of some images by the null prefix, for guidance without a classifier (A.3).
+        Replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
 
         Returns:
             The prefix, of the same shape, and its mask of shape `(batch_size, prefix_length)`: a dropped row shows its
             first token alone, since the null prefix is one token. For a prefix of one token the mask is `None`.
         """
-        if not self.training:
-            return prefix, None
         batch_size, prefix_length, _ = prefix.shape
         dropped = torch.rand(batch_size, 1, 1, device=prefix.device) < self.config.condition_dropout
         prefix = torch.where(dropped, self.null_prefix.to(prefix.dtype), prefix)
@@ -662,8 +660,8 @@ def diffusion_loss(
     config = denoiser.config
     batch_size, num_tokens = targets.shape[:2]
     repeats = config.timesteps_per_image
-    # 1. Some conditions give way to the null condition; then each image's prefix is computed once
-    prefix, prefix_mask = denoiser.drop_condition(prefix)
+    # 1. In training some conditions give way to the null condition; then each image's prefix is computed once
+    prefix, prefix_mask = denoiser.drop_condition(prefix) if denoiser.training else (prefix, None)
     key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
     prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
     # 2. K noisy versions of an image's tokens
