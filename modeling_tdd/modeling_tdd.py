@@ -470,7 +470,8 @@ class TDDModel(TDDPreTrainedModel):
                 f"`{config.vision_config.model_type}` has none. Use `pooling='mean'`, or `None` for all tokens."
             )
         width = config.hidden_size
-        self.encoder.requires_grad_(not config.freeze_encoder)
+        if config.freeze_encoder:
+            self.encoder.requires_grad_(False)
         self.connector = TDDMLP(self.encoder_hidden_size, width, width, config.hidden_act) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
         self.post_init()

@@ -334,9 +334,9 @@ def test_prefix_key_values_stand_in_for_pixel_values(make_config: MakeConfig, pi
     again = model(prefix_key_values=first.prefix_key_values)
     assert encoder_calls == [0] and again.encoder_last_hidden_state is None
     torch.testing.assert_close(again.last_hidden_state, first.last_hidden_state, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="either `pixel_values` or `prefix_key_values`"):
+    with pytest.raises(ValueError, match="one of `pixel_values`, `image_features` and `prefix_key_values`"):
         model(pixel_values, prefix_key_values=first.prefix_key_values)
-    with pytest.raises(ValueError, match="either `pixel_values` or `prefix_key_values`"):
+    with pytest.raises(ValueError, match="one of `pixel_values`, `image_features` and `prefix_key_values`"):
         model()
 
 
