@@ -38,6 +38,17 @@ def argmax_accuracy(signal: Tensor, num_categories: int) -> Tensor:
     return torch.trapezoid(density * log_others_below.exp(), z)
 
 
+def projected_signal(num_categories: int, width: int) -> float:
+    r"""
+    The share of a one-hot vector's signal-to-noise amplitude that a linear map to `width` dimensions keeps.
+
+    With W of shape (K, d) the power that the best detector finds in `y_t W` is `a^2 W_k (W^T W)^-1 W_k^T` for token k:
+    `a^2` times the leverage of row k, and the leverages of K rows sum to the rank of W, at most d. So whatever W is, a
+    token keeps min(1, d / K) of it on average.
+    """
+    return math.sqrt(min(1.0, width / num_categories))
+
+
 def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale: float) -> Tensor:
     """`alpha_bar` whose argmax accuracy falls in equal steps from 1 at t = 0 to 1 / K at t = T."""
     signal = torch.linspace(0.0, 16.0, 2001, dtype=torch.float64)
@@ -68,7 +79,8 @@ def alpha_bar_schedule(
     - `"cosine"` is that of improved DDPM, `cos^2`;
     - `"calibrated"` makes the chance that `argmax(y_t)` is the token fall evenly in t, from 1 to 1 / K. In K
       dimensions a one-hot vector drowns early: under `"cosine"` that chance is one half at t = 0.15 T for K = 30,522,
-      so that most steps see noise alone.
+      so that most steps see noise alone. With `one_hot_scale` times [`projected_signal`] it is the chance of the
+      best guess from the d-wide projection of `y_t`, all that a denoiser sees.
 
     For `corruption="mask"` it is the chance that a token is not masked: `1 - t / T` for `"linear"` and, since an
     unmasked token is always right, for `"calibrated"` too; `1 - sin(pi t / 2T)` for `"cosine"`, as in MaskGIT.
@@ -577,6 +589,7 @@ __all__ = [
     "guidance_scale_at",
     "inference_timesteps",
     "noise_factor",
+    "projected_signal",
     "to_one",
     "training_timesteps",
 ]

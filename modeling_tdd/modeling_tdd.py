@@ -33,6 +33,7 @@ from .diffusion_tdd import (
     denoise,
     guidance_scale_at,
     noise_factor,
+    projected_signal,
     training_timesteps,
 )
 from .generation_tdd import TDDGenerationMixin
@@ -338,12 +339,13 @@ class TDDDenoiser(TDDPreTrainedModel):
     def alpha_bar(self) -> Tensor:
         """The schedule, of shape `(num_timesteps + 1,)`. No buffer: it must stay float32 in a half-precision model."""
         config = self.config
+        visible = projected_signal(config.num_categories, config.hidden_size)
         return alpha_bar_schedule(
             config.noise_schedule,
             config.num_timesteps,
             config.num_categories,
             config.corruption,
-            float(config.one_hot_scale),
+            config.one_hot_scale * visible,
         ).to(self.null_prefix.device)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
