@@ -21,6 +21,7 @@ from modeling_tdd.diffusion_tdd import (
     guidance_scale_at,
     inference_timesteps,
     noise_factor,
+    projected_signal,
     to_one,
     training_timesteps,
 )
@@ -154,6 +155,25 @@ def test_argmax_accuracy_of_two_categories_in_closed_form() -> None:
     """With K = 2 it is P(a + z > z') = Phi(a / sqrt(2))."""
     signal = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
     torch.testing.assert_close(argmax_accuracy(signal, 2), torch.special.ndtr(signal / math.sqrt(2)))
+
+
+@pytest.mark.parametrize(("num_categories", "width"), [(1000, 100), (1000, 300), (50, 200)])
+def test_projection_keeps_the_share_of_the_signal_that_its_width_is_of_the_categories(
+    num_categories: int, width: int
+) -> None:
+    """The best guess of a token from y_t W is right as often as the argmax of a y_t with so much weaker a signal."""
+    weight = torch.randn(num_categories, width, dtype=torch.float64)
+    # In coordinates where the projected noise is white the likeliest token is that of the nearest row
+    rows = weight @ torch.linalg.pinv(noise_factor(weight))
+    samples = 4000
+    for wanted in (0.2, 0.5, 0.8):
+        signal = 0.05 * torch.arange(1, 400, dtype=torch.float64)
+        visible = argmax_accuracy(signal * projected_signal(num_categories, width), num_categories)
+        amplitude = signal[torch.searchsorted(visible, wanted)]
+        tokens = torch.randint(num_categories, (samples,))
+        noisy = amplitude * rows[tokens] + torch.randn(samples, rows.shape[1], dtype=torch.float64)
+        scores = noisy @ rows.T - 0.5 * amplitude * rows.square().sum(1)
+        assert abs((scores.argmax(1) == tokens).double().mean() - wanted) < 0.05
 
 
 # ---- Timesteps
