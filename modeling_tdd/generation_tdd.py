@@ -162,11 +162,12 @@ class TDDTrajectory(ModelOutput):
     What a denoising loop went through. A row that stopped early repeats its last step.
 
     Args:
-        timesteps (`torch.LongTensor` of shape `(num_inference_steps,)`): The timestep of each step.
-        tokens (`torch.LongTensor` of shape `(num_sequences, num_inference_steps, length)`):
+        timesteps (`torch.LongTensor` of shape `(num_steps,)`):
+            The timestep of each step; there are fewer than `num_inference_steps` where all rows stopped early.
+        tokens (`torch.LongTensor` of shape `(num_sequences, num_steps, length)`):
             The draft at each step, with whatever stands behind its end.
         scores (`torch.FloatTensor` of the same shape): Log-probability of each of its tokens.
-        candidates (`torch.LongTensor` of shape `(num_sequences, num_inference_steps, length, 5)`):
+        candidates (`torch.LongTensor` of shape `(num_sequences, num_steps, length, 5)`):
             The likeliest tokens of each place, best first; fewer than 5 where the vocabulary has fewer.
         candidate_scores (`torch.FloatTensor` of the same shape): Their log-probabilities.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig
 
-from modeling_tdd import TDDConfig, TDDForImageClassification
+from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification
 
 
 # At these sizes handing work to a second thread takes far longer than the work.
@@ -69,6 +69,23 @@ def make_model(make_config: Callable[..., TDDConfig]) -> Callable[..., TDDForIma
 
     def make(**fields: Any) -> TDDForImageClassification:
         return TDDForImageClassification(make_config(**fields)).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_captioner(make_config: Callable[..., TDDConfig]) -> Callable[..., TDDForCaptioning]:
+    """A function from fields of `TDDConfig` to a tiny captioner in eval mode: 20 tokens (0 pads, 2 ends), 8 places."""
+
+    def make(**fields: Any) -> TDDForCaptioning:
+        defaults = {
+            "pooling": None,
+            "vocab_size": 20,
+            "max_position_embeddings": 8,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        }
+        return TDDForCaptioning(make_config(**{**defaults, **fields})).eval()
 
     return make
 
