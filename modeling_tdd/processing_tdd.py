@@ -131,8 +131,8 @@ class TDDProcessor(ProcessorMixin):
         return list(texts)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each text, without special ones."""
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        """Tokens of each text, without special ones, and without the tokenizer's own warning of long texts."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
         encoded = self.tokenizer(prompts, **text_kwargs)

@@ -1,0 +1,221 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the captioner in Transformers' pipelines, with this package and on a machine without it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    ImageTextToTextPipeline,
+    PreTrainedTokenizerFast,
+    TextDiffusionStreamer,
+    TextStreamer,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from modeling_tdd import TDDForCaptioning, TDDImageToTextPipeline, TDDProcessor
+
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[EOS]",
+    "[MASK]",
+    *[
+        "a",
+        "cat",
+        "on",
+        "sofa",
+        "dog",
+        "man",
+        "and",
+        "the",
+        "red",
+        "blue",
+        "sky",
+        "tree",
+        "house",
+        "bird",
+        "sea",
+        "sun",
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="[EOS]",
+        mask_token="[MASK]",
+        padding_side=padding_side,
+        model_max_length=8,
+    )
+
+
+@pytest.fixture
+def model(make_captioner: Callable[..., TDDForCaptioning]) -> TDDForCaptioning:
+    return make_captioner(vocab_size=len(WORDS))
+
+
+@pytest.fixture
+def processor() -> TDDProcessor:
+    return TDDProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), make_tokenizer())
+
+
+@pytest.fixture
+def folder(model: TDDForCaptioning, processor: TDDProcessor, tmp_path: Path) -> str:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def captions(model: TDDForCaptioning, processor: TDDProcessor, images: list[Image.Image]) -> list[str]:
+    """What the model says of each image, without any pipeline."""
+    sequences = model.generate(**processor(images=images, return_tensors="pt"))
+    captions = processor.batch_decode(sequences, skip_special_tokens=True)
+    assert len(set(captions)) > 1 and all(captions)
+    return captions
+
+
+def test_image_text_to_text(
+    folder: str, model: TDDForCaptioning, processor: TDDProcessor, images: list[Image.Image], captions: list[str]
+) -> None:
+    pipe = pipeline("image-text-to-text", model=folder)
+    assert type(pipe) is ImageTextToTextPipeline and type(pipe.processor) is TDDProcessor
+    assert pipe(images[0], text="") == [{"input_text": "", "generated_text": captions[0]}]
+    assert pipe(images=images, text="") == [{"input_text": "", "generated_text": caption} for caption in captions]
+    # A prompt is the caption's beginning, with a space behind it
+    inputs = processor(images=images[:2], text=["the red", "dog"], return_tensors="pt")
+    expected = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+    prompted = pipe(images[:2], text=["the red", "dog"])
+    assert [record["generated_text"] for record in prompted] == expected
+    assert expected[0].startswith("the red ") and expected[1].startswith("dog ")
+    new_text = pipe(images[1], text="dog", return_full_text=False)[0]["generated_text"]
+    assert "dog" + new_text == expected[1]
+    # Dictionaries, one at a time and in batches
+    rows = [{"images": image, "text": text} for image, text in zip(images, ["", "dog", "", "the red"])]
+    batched = list(pipe((row for row in rows), batch_size=3))
+    assert batched == [pipe(**row) for row in rows]
+    assert batched[0][0]["generated_text"] == captions[0]
+
+
+def test_arguments_of_generate(folder: str, images: list[Image.Image], model: TDDForCaptioning) -> None:
+    pipe = pipeline("image-text-to-text", model=folder)
+    several = pipe(images[:2], text="", generate_kwargs={"num_return_sequences": 3, "num_inference_steps": 2})
+    assert len(several) == 6
+    short = pipe(images[0], text="", max_new_tokens=2)[0]["generated_text"]
+    assert len(short.split()) <= 2
+    with pytest.raises(ValueError, match="do not apply to diffusion: num_beams"):
+        pipe(images[0], text="", generate_kwargs={"num_beams": 3})
+
+
+def check_captioning(pipe: TDDImageToTextPipeline, images: list[Image.Image], captions: list[str], path: Path) -> None:
+    assert pipe(images[0]) == [{"generated_text": captions[0]}]
+    images[1].save(path)
+    assert pipe(str(path)) == [{"generated_text": captions[1]}]
+    expected = [[{"generated_text": caption}] for caption in captions]
+    assert pipe(images) == expected
+    assert pipe(images, batch_size=3) == expected
+    assert list(pipe((image for image in images), batch_size=2)) == expected
+    assert pipe([{"images": image} for image in images], batch_size=2) == expected
+
+
+def test_image_captioning(folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path) -> None:
+    pipe = pipeline("image-captioning", model=folder)
+    assert type(pipe) is TDDImageToTextPipeline
+    check_captioning(pipe, images, captions, tmp_path / "image.png")
+    several = pipe(images, batch_size=2, generate_kwargs={"num_return_sequences": 3})
+    assert [len(records) for records in several] == [3] * 4
+    assert several == pipe(images, generate_kwargs={"num_return_sequences": 3})
+    prompted = pipe(images[:3], text=["the red", "", "dog"], batch_size=3)
+    assert prompted[0][0]["generated_text"].startswith("the red ")
+    assert prompted[1] == [{"generated_text": captions[1]}]
+    assert prompted == [pipe(image, text=text) for image, text in zip(images, ["the red", "", "dog"])]
+    assert pipe(images[:1], text="dog") == [pipe(images[0], text="dog")]
+    with pytest.raises(ValueError, match="4 images and 2 of `text`"):
+        pipe(images, text=["a", "dog"])
+    with pytest.raises(ValueError, match="`text` must be one string"):
+        pipe((image for image in images), text=["a", "dog"])
+
+
+def test_left_padding(folder: str, images: list[Image.Image], captions: list[str]) -> None:
+    make_tokenizer("left").save_pretrained(folder)
+    pipe = pipeline("image-captioning", model=folder)
+    assert pipe.tokenizer.padding_side == "left"
+    prompted = pipe(images[:3], text=["", "the red", "dog"], batch_size=3)
+    assert prompted[0] == [{"generated_text": captions[0]}]
+    assert prompted[1:] == [pipe(image, text=text) for image, text in zip(images[1:], ["the red", "dog"])]
+
+
+def test_image_to_text_comes_with_the_checkpoint(
+    folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path
+) -> None:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    assert config["custom_pipelines"].keys() == {"image-to-text"}
+    pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
+    assert type(pipe).__name__ == "TDDImageToTextPipeline" and type(pipe.model) is TDDForCaptioning
+    check_captioning(pipe, images, captions, tmp_path / "image.png")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("image-to-text", model=folder)
+
+
+def test_without_the_package(folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path) -> None:
+    """A checkpoint brings all the code that it needs."""
+    images[0].save(tmp_path / "image.png")
+    script = f"""
+import sys
+sys.modules["modeling_tdd"] = None  # importing it raises an ImportError
+from transformers import pipeline
+for task, text in (("image-to-text", ""), ("image-text-to-text", "")):
+    pipe = pipeline(task, model={folder!r}, trust_remote_code=True)
+    print(pipe({str(tmp_path / "image.png")!r}, text=text)[0]["generated_text"])
+    print(type(pipe.processor).__module__.split(".")[-1])
+pipe.model.save_pretrained({str(tmp_path / "again")!r})
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [captions[0], "processing_tdd"] * 2
+    modules = {path.name for path in Path(folder).glob("*.py")}
+    assert modules == {
+        f"{name}_tdd.py" for name in ("configuration", "diffusion", "generation", "modeling", "pipeline", "processing")
+    }
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == modules - {"processing_tdd.py"}
+
+
+def test_text_streamers(
+    model: TDDForCaptioning,
+    processor: TDDProcessor,
+    images: list[Image.Image],
+    captions: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs = processor(images=images[0], return_tensors="pt")
+    model.generate(**inputs, streamer=TextStreamer(processor.tokenizer, skip_special_tokens=True))
+    assert capsys.readouterr().out == captions[0] + "\n"
+    streamer = TextDiffusionStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = processor(images=images[0], text="the red", return_tensors="pt")
+    sequences = model.generate(**inputs, streamer=streamer, num_inference_steps=4)
+    printed = capsys.readouterr().out
+    new_text = processor.decode(sequences[0, 2:], skip_special_tokens=True)
+    assert printed.endswith(new_text + "\n") and printed.count("\033[33m") == 4  # drafts are yellow
