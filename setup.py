@@ -19,7 +19,8 @@ TRAIN = [
     "tqdm>=4.66",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
-TEST = [*TRAIN, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
+DEMO = ["matplotlib>=3.8"]
+TEST = [*TRAIN, *EVAL, *DEMO, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
 
 setup(
     name="modeling_tdd",
@@ -38,7 +39,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.20,<6",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": ["matplotlib>=3.8"]},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -1,0 +1,100 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""How a caption comes about: its words at each step (Fig. 9) and what competed for each place (Fig. 10)."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modeling_tdd.generation_tdd import TDDGenerationOutput, pad_after_end
+from modeling_tdd.modeling_tdd import TDDForCaptioning
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_COLUMNS = 4
+
+
+def captions_at_each_step(
+    model: TDDForCaptioning, outputs: TDDGenerationOutput, decode: Callable[[Tensor], str], row: int = 0
+) -> list[tuple[int, str]]:
+    r"""
+    The timesteps of a denoising loop, falling, and the caption that was predicted at each.
+
+    Args:
+        model ([`TDDForCaptioning`]): The model that generated.
+        outputs ([`TDDGenerationOutput`]): Its output, with the trajectory.
+        decode (`Callable`): From tokens to text.
+        row (`int`, *optional*, defaults to 0): Which of the captions.
+    """
+    trajectory = outputs.trajectory
+    drafts = pad_after_end(trajectory.tokens[row], model.generation_config)
+    return [(timestep, decode(draft)) for timestep, draft in zip(trajectory.timesteps.tolist(), drafts)]
+
+
+def token_trajectory(
+    candidates: Tensor, candidate_scores: Tensor, num_candidates: int = 5
+) -> tuple[list[int], Tensor]:
+    r"""
+    The probabilities of the tokens that competed for one place.
+
+    Args:
+        candidates (`torch.LongTensor` of shape `(num_steps, k)`): The likeliest tokens at each step.
+        candidate_scores (`torch.FloatTensor` of the same shape): Their log-probabilities.
+        num_candidates (`int`, *optional*, defaults to 5): How many to return.
+
+    Returns:
+        The tokens, that of the last step first and then the likeliest over all steps, and their probabilities of
+        shape `(tokens, num_steps)`: NaN where a token was not among a step's k likeliest.
+    """
+    tokens, index = candidates.unique(return_inverse=True)
+    steps = torch.arange(len(candidates))[:, None]
+    probabilities = torch.full((len(tokens), len(candidates)), math.nan)
+    probabilities[index, steps] = candidate_scores.exp()
+    total = probabilities.nan_to_num(0.0).sum(dim=1)
+    total[tokens == candidates[-1, 0]] = math.inf
+    order = total.argsort(descending=True, stable=True)[:num_candidates]
+    return tokens[order].tolist(), probabilities[order]
+
+
+def plot_token_trajectories(
+    outputs: TDDGenerationOutput, decode: Callable[[Tensor], str], num_places: int, row: int = 0
+) -> "Figure":
+    r"""
+    A small heatmap a token: candidates by steps, in the colour of their probability.
+
+    Args:
+        outputs ([`TDDGenerationOutput`]): An output with the trajectory.
+        decode (`Callable`): From tokens to text, special tokens included.
+        num_places (`int`): How many of the caption's tokens to show, from the first.
+        row (`int`, *optional*, defaults to 0): Which of the captions.
+    """
+    from matplotlib.figure import Figure
+
+    trajectory = outputs.trajectory
+    timesteps = trajectory.timesteps.tolist()
+    columns = min(NUM_COLUMNS, num_places)
+    rows = math.ceil(num_places / columns)
+    figure = Figure(figsize=(3.2 * columns, 1.7 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for place, axes in enumerate(grid.flat):
+        if place >= num_places:
+            axes.set_visible(False)
+            continue
+        tokens, probabilities = token_trajectory(
+            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_scores[row, :, place].cpu()
+        )
+        image = axes.imshow(
+            probabilities.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
+        )
+        axes.set_title(f"{place + 1}: {decode(outputs.sequences[row, place : place + 1])}", fontsize=9)
+        axes.set_yticks(range(len(tokens)), [decode(torch.tensor([token])) for token in tokens], fontsize=8)
+        shown = range(0, len(timesteps), math.ceil(len(timesteps) / 6))
+        axes.set_xticks(shown, [str(timesteps[step]) for step in shown], fontsize=7)
+    figure.supxlabel("timestep t: noise on the left, the caption on the right", fontsize=9)
+    figure.colorbar(image, ax=grid, label="probability (white: not among the step's best)", shrink=0.8)
+    return figure

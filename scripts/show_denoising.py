@@ -1,0 +1,61 @@
+"""Show how a caption comes about: print it at each step (Fig. 9) and plot what competed for each token (Fig. 10).
+
+    python scripts/show_denoising.py image.png --model outputs/emoji/tdd-seed0
+
+The plot needs matplotlib: pip install -e ".[demo]"
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_tdd  # noqa: F401 - registers TDD with the Auto classes
+from modeling_tdd.evaluation.trajectories import captions_at_each_step, plot_token_trajectories
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path, help="an image file")
+    parser.add_argument("--model", required=True, help="a captioner's folder or model id")
+    parser.add_argument("--text", default="", help="the caption's fixed beginning")
+    parser.add_argument("--infill", help="in its place: a caption with gaps, such as 'man [MASK]: dark skin tone'")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the model's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument(
+        "--output", type=Path, help="the heatmap's file; default: <image>-denoising.png in this folder"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    model = AutoModelForImageTextToText.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model)
+    texts = {"text": args.text} if args.infill is None else {"infill": args.infill}
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    outputs = model.generate(
+        **processor(images=args.image, **texts, return_tensors="pt"),
+        **{name: value for name, value in given.items() if value is not None},
+        seed=args.seed,
+        return_dict_in_generate=True,
+        output_trajectory=True,
+    )
+
+    def decode(tokens: Tensor, skip_special_tokens: bool = False) -> str:
+        return processor.decode(tokens, skip_special_tokens=skip_special_tokens).strip()
+
+    for timestep, caption in captions_at_each_step(model, outputs, partial(decode, skip_special_tokens=True)):
+        print(f"t = {timestep:4d}  {caption}")
+    # The caption's tokens and its end, less the padding behind it
+    num_places = int((outputs.sequences[0] != model.config.pad_token_id).sum())
+    output = args.output or Path(f"{args.image.stem}-denoising.png")
+    plot_token_trajectories(outputs, decode, max(1, num_places)).savefig(output, dpi=150)
+    print(f"saved {output}")
+
+
+if __name__ == "__main__":
+    main()

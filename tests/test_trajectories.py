@@ -1,0 +1,104 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the view of a denoising loop: captions a step, candidates of a token, and the script that shows both."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ViTImageProcessor
+
+from modeling_tdd import TDDForCaptioning, TDDProcessor
+from modeling_tdd.evaluation.trajectories import (
+    captions_at_each_step,
+    plot_token_trajectories,
+    token_trajectory,
+)
+from modeling_tdd.generation_tdd import TDDGenerationOutput, TDDTrajectory
+from modeling_tdd.training.tokenization import train_tokenizer
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "show_denoising.py"
+
+
+def make_outputs() -> TDDGenerationOutput:
+    """Two steps of two captions of three places."""
+    tokens = torch.tensor([[[5, 2, 9], [5, 6, 2]], [[7, 7, 7], [8, 2, 0]]])
+    candidates = torch.stack([tokens, (tokens + 1) % 20], dim=-1)
+    scores = torch.tensor([0.75, 0.25]).log().expand(candidates.shape)
+    trajectory = TDDTrajectory(torch.tensor([20, 10]), tokens, scores[..., 0], candidates, scores)
+    return TDDGenerationOutput(sequences=tokens[:, -1], trajectory=trajectory)
+
+
+def decode(tokens: Tensor) -> str:
+    return " ".join(f"w{token}" for token in tokens.tolist() if token != 0)
+
+
+def test_captions_at_each_step(make_captioner: Callable[..., TDDForCaptioning]) -> None:
+    """What stands behind the end is no part of a caption."""
+    model, outputs = make_captioner(), make_outputs()
+    assert captions_at_each_step(model, outputs, decode) == [(20, "w5 w2"), (10, "w5 w6 w2")]
+    assert captions_at_each_step(model, outputs, decode, row=1) == [(20, "w7 w7 w7"), (10, "w8 w2")]
+
+
+def test_token_trajectory_by_hand() -> None:
+    candidates = torch.tensor([[5, 6], [5, 7], [6, 5]])
+    probabilities = torch.tensor([[0.8, 0.1], [0.6, 0.3], [0.5, 0.2]])
+    tokens, rows = token_trajectory(candidates, probabilities.log())
+    nan = float("nan")
+    expected = torch.tensor([[0.1, nan, 0.5], [0.8, 0.6, 0.2], [nan, 0.3, nan]])
+    assert tokens == [6, 5, 7]  # 6 is the last step's, 5 sums to 1.6, 7 to 0.3
+    torch.testing.assert_close(rows, expected, equal_nan=True)
+    tokens, rows = token_trajectory(candidates, probabilities.log(), num_candidates=2)
+    assert tokens == [6, 5] and rows.shape == (2, 3)
+
+
+def test_a_heatmap_a_token() -> None:
+    figure = plot_token_trajectories(make_outputs(), decode, num_places=3)
+    heatmaps = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in heatmaps] == ["1: w5", "2: w6", "3: w2"]
+    assert [label.get_text() for label in heatmaps[1].get_yticklabels()] == ["w6", "w2", "w3", "w7"]
+    assert [label.get_text() for label in heatmaps[1].get_xticklabels()] == ["20", "10"]
+    shown = heatmaps[1].images[0].get_array().filled(-1)
+    assert shown[0].tolist() == [-1, 0.75] and shown[1].tolist() == [0.75, -1]
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_script(
+    make_captioner: Callable[..., TDDForCaptioning],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = train_tokenizer(["a red cat on the sofa", "a dog"], kind="word")
+    processor = TDDProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), tokenizer)
+    model = make_captioner(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    image = tmp_path / "picture.png"
+    Image.new("RGB", (20, 20), "teal").save(image)
+    monkeypatch.chdir(tmp_path)
+
+    run_script(monkeypatch, str(image), "--model", "model", "--steps", "4", "--text", "a red")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10] for line in lines[:4]] == ["t =   20  ", "t =   15  ", "t =   10  ", "t =    5  "]
+    assert all(line[10:].startswith("a red") for line in lines[:4])
+    sequences = model.generate(**processor(images=image, text="a red", return_tensors="pt"), num_inference_steps=4)
+    assert lines[3][10:] == processor.decode(sequences[0], skip_special_tokens=True)
+    assert lines[4] == "saved picture-denoising.png"
+    assert Image.open("picture-denoising.png").size[0] > 500
+
+    run_script(
+        monkeypatch, str(image), "--model", "model", "--infill", "a [MASK] cat", "--guidance", "2", "--output", "x.png"
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-1] == "saved x.png" and Path("x.png").exists()
+    assert all(line[10:].startswith("a ") and line.endswith(" cat") for line in lines[:10])
