@@ -30,6 +30,14 @@ logger = logging.get_logger(__name__)
 
 SAMPLERS = ("renoise",)
 SAMPLING_PARAMETERS = ("temperature", "top_k", "top_p")
+COUNTS = (
+    "max_length",
+    "max_new_tokens",
+    "num_inference_steps",
+    "num_return_sequences",
+    "stability_threshold",
+    "top_k",
+)
 TRAJECTORY_CANDIDATES = 5
 
 
@@ -130,11 +138,13 @@ class TDDGenerationConfig(GenerationConfig):
 
     def validate(self, **unused: Any) -> None:
         """Checks every parameter."""
-        for name in ("max_length", "max_new_tokens", "stability_threshold", "top_k"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 1)
-        for name in ("num_inference_steps", "num_return_sequences", "guidance_scale"):
-            check_range(name, getattr(self, name), 1)
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+            if value is not None:
+                check_range(name, value, 1)
+        check_range("guidance_scale", self.guidance_scale, 1)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         for name in ("temperature", "top_p", "repetition_penalty"):
@@ -412,13 +422,14 @@ class TDDGenerationMixin:
                 logger.info("No generation_config.json: the default generation parameters are used.")
 
 
-def follows_end(tokens: Tensor, config: TDDGenerationConfig) -> Tensor:
-    """Whether an end token, or padding, stands before a place."""
+def follows_end(tokens: Tensor, config: GenerationConfig | PreTrainedConfig) -> Tensor:
+    """Whether an end token, or padding, stands before a place. `config` names the two."""
     is_end = (tokens == config.eos_token_id) | (tokens == config.pad_token_id)
     return is_end.cumsum(1) - is_end.long() > 0
 
 
-def pad_after_end(tokens: Tensor, config: TDDGenerationConfig) -> Tensor:
+def pad_after_end(tokens: Tensor, config: GenerationConfig | PreTrainedConfig) -> Tensor:
+    """Replaces by padding what stands behind the end."""
     return tokens.masked_fill(follows_end(tokens, config), config.pad_token_id)
 
 

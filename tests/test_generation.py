@@ -593,6 +593,7 @@ def test_unknown_arguments_are_refused(make_captioner: MakeCaptioner, name: str)
     [
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
         ({"num_inference_steps": 21}, r"`num_inference_steps` must be in \[1, 20\], got 21"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer, got 2.5"),
         ({"guidance_scale": 0.9}, "`guidance_scale` must be at least 1, got 0.9"),
         ({"guidance_schedule": "step"}, "`guidance_schedule` must be one of 'constant'"),
         ({"sampler": "ancestral"}, "`sampler` must be one of 'renoise'"),

@@ -31,7 +31,7 @@ def captions_at_each_step(
         row (`int`, *optional*, defaults to 0): Which of the captions.
     """
     trajectory = outputs.trajectory
-    drafts = pad_after_end(trajectory.tokens[row], model.generation_config)
+    drafts = pad_after_end(trajectory.tokens[row], model.config)
     return [(timestep, decode(draft)) for timestep, draft in zip(trajectory.timesteps.tolist(), drafts)]
 
 
