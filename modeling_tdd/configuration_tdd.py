@@ -12,6 +12,7 @@ NOISE_SCHEDULES = ("linear", "cosine", "calibrated")
 CORRUPTIONS = ("gaussian", "mask")
 PREDICTION_TYPES = ("sample", "epsilon")
 LOSS_WEIGHTINGS = ("alpha_bar", "none")
+TIMESTEP_SAMPLINGS = ("shared", "per_token")
 POOLINGS = ("cls", "mean", None)
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 SAMPLING_STRATEGIES = ("argmax", "multinomial")
@@ -88,6 +89,9 @@ class TDDConfig(PreTrainedConfig):
             classifier-free guidance (ours).
         timesteps_per_image (`int`, *optional*, defaults to 4):
             K of the K-fold feature reuse of Section 3.3: noisy labels drawn for each encoded image (ours).
+        timestep_sampling (`str`, *optional*, defaults to `"per_token"`):
+            Timesteps of a sequence's tokens in training, with Gaussian noise: `"shared"` by all, as in the paper, or
+            `"per_token"`, see [`~diffusion_tdd.token_timesteps`]. For one token there is no difference.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the training loss; the paper's recipe uses 0.1.
         freeze_encoder (`bool`, *optional*, defaults to `False`):
@@ -155,6 +159,7 @@ class TDDConfig(PreTrainedConfig):
     one_hot_scale: float | int = 1.0
     condition_dropout: float | int = 0.1
     timesteps_per_image: int = 4
+    timestep_sampling: str = "per_token"
     label_smoothing: float | int = 0.0
     freeze_encoder: bool = False
 
@@ -211,6 +216,7 @@ class TDDConfig(PreTrainedConfig):
         check_choice("corruption", self.corruption, CORRUPTIONS)
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         if not 0 < self.one_hot_scale <= 1:
             raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
         check_range("condition_dropout", self.condition_dropout, 0, 1)

@@ -126,6 +126,28 @@ def alpha_bar_schedule(
         return alpha_bar.clamp(0, 1).float()
 
 
+@lru_cache(maxsize=64)
+def visibility_schedule(
+    noise_schedule: str, num_timesteps: int, num_categories: int, one_hot_scale: float = 1.0
+) -> Tensor:
+    r"""
+    How much a noisy token says of its clean one: the chance that the best guess from it is right, beyond blind
+    guessing, from 1 at t = 0 to 0 where there is noise alone. For `"calibrated"` it is 1 - t / T.
+
+    Args are those of [`alpha_bar_schedule`], `one_hot_scale` with what the projection keeps.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `(num_timesteps + 1,)`, on the CPU. Do not write to it: it is cached.
+    """
+    if num_categories == 1:
+        return torch.ones(num_timesteps + 1)
+    alpha_bar = alpha_bar_schedule(noise_schedule, num_timesteps, num_categories, one_hot_scale=one_hot_scale)
+    with torch.device("cpu"), torch.inference_mode(False):
+        ratio = alpha_bar.double() / (1 - alpha_bar.double()).clamp(min=1e-12)
+        accuracy = argmax_accuracy((one_hot_scale * ratio.sqrt()).clamp(max=100.0), num_categories)
+        return ((accuracy - 1 / num_categories) / (1 - 1 / num_categories)).clamp(0, 1).float()
+
+
 def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps: int, device: torch.device) -> Tensor:
     r"""
     Draws the K distinct timesteps of each image (Section 3.3), each uniform over 1 ... T.
@@ -139,6 +161,29 @@ def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps:
     start = torch.randint(num_timesteps, (batch_size, 1), device=device)
     spacing = torch.arange(timesteps_per_image, device=device) * num_timesteps // timesteps_per_image
     return (start + spacing) % num_timesteps + 1
+
+
+def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> Tensor:
+    r"""
+    Gives the tokens of a sequence timesteps of their own, around the sequence's t: with chance t / T a token is at T,
+    pure noise; else its timestep is uniform over 1 ... T.
+
+    Where all tokens share t, each can be read off its own noisy vector about as well as off its neighbours', and the
+    loss is lowest for a network that reads just that. A token at T can only be learned from the image and from what
+    is visible of the others, as in masked diffusion, and what is visible is noisy here, so that it can be doubted.
+
+    Args:
+        timesteps (`torch.LongTensor` of shape `(rows,)`): A timestep a sequence, 1 ... T.
+        num_tokens (`int`): N.
+        num_timesteps (`int`): T.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, num_tokens)`.
+    """
+    shape = (len(timesteps), num_tokens)
+    is_hidden = torch.rand(shape, device=timesteps.device) * num_timesteps < timesteps[:, None]
+    visible = torch.randint(1, num_timesteps + 1, shape, device=timesteps.device)
+    return torch.where(is_hidden, num_timesteps, visible)
 
 
 def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -207,6 +252,10 @@ def to_one(logits: Tensor, sampling_strategy: str = "argmax", uniform: Tensor | 
     return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
+# Noise on a token that the "confidence" sampler has settled on, as a share of T: enough to be doubted.
+SETTLED_TIMESTEP = 0.02
+
+
 # ---- Corruptions: TDD's Gaussian noise and MDD's masks, one interface
 
 
@@ -218,7 +267,7 @@ class CorruptedTokens(NamedTuple):
 
 
 def _per_token(values: Tensor, tokens: Tensor) -> Tensor:
-    """Gives per-row `values` of shape (rows,) trailing axes until they broadcast over `tokens` of shape (rows, N)."""
+    """Gives `values`, one a row or one a token, trailing axes until they broadcast over `tokens`."""
     return values.reshape(values.shape + (1,) * (tokens.ndim - values.ndim))
 
 
@@ -257,6 +306,27 @@ def noise_factor(weight: Tensor) -> Tensor:
         finfo = torch.finfo(gram.dtype)
         jitter = finfo.eps * gram.diagonal().sum() + finfo.tiny
         return torch.linalg.cholesky(gram + jitter * torch.eye(width, dtype=gram.dtype, device=gram.device)).T
+
+
+def most_confident(scores: Tensor, share: float, fixed_mask: Tensor | None = None) -> Tensor:
+    r"""
+    The places of a sequence that are settled first.
+
+    Args:
+        scores (`torch.Tensor` of shape `(rows, N)`): Log-probabilities of predicted tokens; infinite where settled.
+        share (`float`): Share of the free places to settle.
+        fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*): Places that were given, and are not free.
+
+    Returns:
+        `torch.BoolTensor` of shape `(rows, N)`: the fixed places and `share` of the others, those of highest score.
+    """
+    num_fixed = torch.zeros_like(scores[:, :1])
+    if fixed_mask is not None:
+        scores = scores.masked_fill(fixed_mask, float("inf"))
+        num_fixed = fixed_mask.sum(dim=1, keepdim=True)
+    num_free = (scores.shape[1] - num_fixed).double()
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < num_fixed + (share * num_free).round()
 
 
 class GaussianCorruption:
@@ -318,7 +388,7 @@ class GaussianCorruption:
         return self.one_hot_scale * state
 
     def state_at(self, targets: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """`y_t` as a state, from tokens or probabilities, int64 timesteps of shape (rows,), and drawn noise."""
+        """`y_t` as a state, from tokens or probabilities, int64 timesteps of shape (rows,) or (rows, N), and noise."""
         clean = self.clean(targets)
         alpha_bar = _per_token(self.alpha_bar[timesteps], clean)
         state_noise = noise if self.dense else noise.to(self._factor.dtype) @ self._factor
@@ -329,7 +399,7 @@ class GaussianCorruption:
         return (state.to(self.weight.dtype) @ self.weight) if self.dense else state.to(self.weight.dtype)
 
     def weigh(self, timesteps: Tensor) -> Tensor:
-        """The timestep-conditioned coefficient of the loss, shape (rows,)."""
+        """The timestep-conditioned coefficient of the loss, of the timesteps' shape."""
         alpha_bar = self.alpha_bar[timesteps]
         return alpha_bar if self.loss_weighting == "alpha_bar" else torch.ones_like(alpha_bar)
 
@@ -346,18 +416,35 @@ class GaussianCorruption:
         """The tokens that a prediction settles on: all of them, for any may still be revised."""
         return tokens
 
+    def token_timesteps(
+        self, sampler: str, scores: Tensor, next_timestep: int, fixed_mask: Tensor | None = None
+    ) -> Tensor | None:
+        r"""
+        Timesteps of shape (rows, N) to re-noise to, or `None` where all tokens share `next_timestep`.
+
+        `"renoise"` is the paper's loop. `"confidence"` is for networks trained with a timestep of each token's own:
+        what the network is surest of is almost bare of noise, the rest is noise alone, and both may be revised.
+        """
+        if sampler == "renoise":
+            return None
+        num_timesteps = len(self.alpha_bar) - 1
+        settled = most_confident(scores, 1 - next_timestep / num_timesteps, fixed_mask)
+        return torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
+
     def step(
         self,
         state: Tensor,
         tokens: Tensor,
         scores: Tensor,
-        next_timestep: int,
+        next_timestep: int | Tensor,
         noise: Tensor,
         fixed_mask: Tensor | None = None,
     ) -> Tensor:
-        """Re-noises the predicted tokens to `next_timestep` (Section 3.2, inference); the old state is forgotten."""
-        timesteps = torch.full((len(tokens),), next_timestep, device=tokens.device)
-        return self.state_at(tokens, timesteps, noise)
+        """Re-noises the predicted tokens to `next_timestep` (Section 3.2, inference), one for all or, of shape
+        (rows, N), one for each; the old state is forgotten."""
+        if isinstance(next_timestep, int):
+            next_timestep = torch.full((len(tokens),), next_timestep, device=tokens.device)
+        return self.state_at(tokens, next_timestep, noise)
 
 
 class MaskCorruption:
@@ -413,6 +500,11 @@ class MaskCorruption:
         """The tokens that a prediction settles on: what is visible stays."""
         return torch.where(state == self.mask_token, tokens, state)
 
+    def token_timesteps(
+        self, sampler: str, scores: Tensor, next_timestep: int, fixed_mask: Tensor | None = None
+    ) -> None:
+        """Whatever the sampler, all tokens share a timestep: `step` settles them in the order of confidence."""
+
     def step(
         self,
         state: Tensor,
@@ -433,12 +525,9 @@ class MaskCorruption:
             fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*): Places that were never masked.
         """
         is_mask = state == self.mask_token
-        num_fixed = torch.zeros_like(state[:, :1]) if fixed_mask is None else fixed_mask.sum(dim=1, keepdim=True)
-        num_free = (state.shape[1] - num_fixed).double()
-        num_visible = num_fixed + (self.alpha_bar[next_timestep].item() * num_free).round()
         confidence = scores.masked_fill(~is_mask, float("inf"))  # what is visible ranks first
-        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return torch.where(is_mask & (rank < num_visible), tokens, state)
+        settled = most_confident(confidence, self.alpha_bar[next_timestep].item(), fixed_mask)
+        return torch.where(is_mask & settled, tokens, state)
 
 
 # ---- The loop
@@ -477,8 +566,8 @@ class TokenChoice(NamedTuple):
 class Predictor(Protocol):
     """What the loop asks of a network."""
 
-    def __call__(self, state: Tensor, timestep: int) -> Tensor:
-        """Scores of shape (rows, N, K) from a state of the corruption and its timestep."""
+    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
+        """Scores of shape (rows, N, K) from a state of the corruption and its timestep, or its tokens' (rows, N)."""
 
     def select(self, keep: Tensor) -> None:
         """From now on only the rows of the boolean mask `keep` are denoised."""
@@ -494,6 +583,7 @@ def denoise(
     sampling_strategy: str,
     generator: torch.Generator,
     num_noise_samples: int = 1,
+    sampler: str = "renoise",
     process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     fixed_tokens: Tensor | None = None,
     fixed_mask: Tensor | None = None,
@@ -519,6 +609,8 @@ def denoise(
             Source of all noise. Every image gets the same noise: its result is the same alone and in a batch.
         num_noise_samples (`int`, *optional*, defaults to 1):
             Different draws of the noise an image.
+        sampler (`str`, *optional*, defaults to `"renoise"`):
+            How a state follows from a prediction, see [`GaussianCorruption.token_timesteps`].
         process_logits (`Callable`, *optional*):
             From the scores, the indices of the rows, and what makes tokens of scores, to other scores of the same
             shape.
@@ -540,11 +632,16 @@ def denoise(
     # 1. Pure noise; each image has the same, which is why its row's number is all that must be known of it
     noise = corruption.draw_noise(num_noise_samples, num_tokens, generator)
     active = torch.arange(rows, device=noise.device)
-    state = corruption.start(noise[active % num_noise_samples], fixed_tokens, fixed_mask)
+    noise = noise[active % num_noise_samples]
+    levels = corruption.token_timesteps(sampler, torch.zeros_like(noise[..., 0]), timesteps[0], fixed_mask)
+    if levels is None or fixed_mask is None:
+        state = corruption.start(noise, fixed_tokens, fixed_mask)
+    else:
+        state = corruption.step(noise, fixed_tokens, noise[..., 0], levels, noise)
     tokens, unchanged = None, torch.zeros_like(active)
     for timestep, next_timestep in zip(timesteps, timesteps[1:]):
         # 2. Predict clean tokens
-        logits = predict(state, timestep)
+        logits = predict(state, timestep, levels)
         # 3. Back to the one-hot vectors
         uniform = None
         if sampling_strategy == "multinomial":
@@ -573,7 +670,9 @@ def denoise(
                     fixed_tokens, fixed_mask = fixed_tokens[keep], fixed_mask[keep]
         # 5. Re-noise, less than before
         scores = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        state = corruption.step(state, tokens, scores, next_timestep, noise[active % num_noise_samples], fixed_mask)
+        levels = corruption.token_timesteps(sampler, scores, next_timestep, fixed_mask)
+        next_levels = next_timestep if levels is None else levels
+        state = corruption.step(state, tokens, scores, next_levels, noise[active % num_noise_samples], fixed_mask)
 
 
 __all__ = [
@@ -588,8 +687,11 @@ __all__ = [
     "denoise",
     "guidance_scale_at",
     "inference_timesteps",
+    "most_confident",
     "noise_factor",
     "projected_signal",
+    "token_timesteps",
     "to_one",
     "training_timesteps",
+    "visibility_schedule",
 ]

@@ -28,7 +28,7 @@ from .diffusion_tdd import DenoisingStep, TokenChoice, denoise
 
 logger = logging.get_logger(__name__)
 
-SAMPLERS = ("renoise",)
+SAMPLERS = ("renoise", "confidence")
 SAMPLING_PARAMETERS = ("temperature", "top_k", "top_p")
 COUNTS = (
     "max_length",
@@ -59,8 +59,10 @@ class TDDGenerationConfig(GenerationConfig):
 
         num_inference_steps (`int`, *optional*, defaults to 10):
             Denoising steps.
-        sampler (`str`, *optional*, defaults to `"renoise"`):
-            How a state follows from a prediction. `"renoise"` is the paper's.
+        sampler (`str`, *optional*):
+            How a state follows from a prediction. `"renoise"`, the paper's: all tokens are re-noised to the next
+            timestep. `"confidence"`: the likeliest lose almost all noise, the rest stay noise; it is the default of
+            models trained with `timestep_sampling="per_token"`. MDD always settles the likeliest first.
         guidance_scale (`float`, *optional*, defaults to 1.0):
             Classifier-free guidance (equation 1); 1.0 is none and costs nothing.
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -103,7 +105,7 @@ class TDDGenerationConfig(GenerationConfig):
         "max_length": None,
         "max_new_tokens": None,
         "num_inference_steps": 10,
-        "sampler": "renoise",
+        "sampler": None,
         "guidance_scale": 1.0,
         "guidance_schedule": "constant",
         "stability_threshold": None,
@@ -145,7 +147,7 @@ class TDDGenerationConfig(GenerationConfig):
             if value is not None:
                 check_range(name, value, 1)
         check_range("guidance_scale", self.guidance_scale, 1)
-        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("sampler", self.sampler, (None, *SAMPLERS))
         check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
@@ -307,6 +309,7 @@ class TDDGenerationMixin:
             sampling_strategy="multinomial" if config.do_sample else "argmax",
             generator=torch.Generator().manual_seed(config.seed) if generator is None else generator,
             num_noise_samples=repeats,
+            sampler=config.sampler,
             process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
             fixed_tokens=fixed.tokens if fixed.mask.any() else None,
             fixed_mask=fixed.mask if fixed.mask.any() else None,
@@ -344,6 +347,8 @@ class TDDGenerationMixin:
         for name in ("pad_token_id", "eos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.config, name))
+        if config.sampler is None:
+            config.sampler = "confidence" if self.config.timestep_sampling == "per_token" else "renoise"
         return config
 
     def _prepare_fixed_tokens(

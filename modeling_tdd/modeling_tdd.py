@@ -34,7 +34,9 @@ from .diffusion_tdd import (
     guidance_scale_at,
     noise_factor,
     projected_signal,
+    token_timesteps,
     training_timesteps,
+    visibility_schedule,
 )
 from .generation_tdd import TDDGenerationMixin
 
@@ -227,7 +229,7 @@ class TDDLayer(GradientCheckpointingLayer):
 
 
 class TDDTimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (rows,) -> (rows, hidden_size)."""
+    """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (...) -> (..., hidden_size)."""
 
     frequency_size = 256
     max_period = 10_000
@@ -241,7 +243,7 @@ class TDDTimestepEmbedding(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         half = self.frequency_size // 2
         exponent = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
-        angles = self.scale * timesteps[:, None].float() * torch.exp(-math.log(self.max_period) * exponent)
+        angles = self.scale * timesteps[..., None].float() * torch.exp(-math.log(self.max_period) * exponent)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoids.to(self.mlp.fc1.weight.dtype))
 
@@ -348,6 +350,16 @@ class TDDDenoiser(TDDPreTrainedModel):
             config.one_hot_scale * visible,
         ).to(self.null_prefix.device)
 
+    @property
+    def visibility(self) -> Tensor | None:
+        """What a noisy token is worth, of shape `(num_timesteps + 1,)`. Regression on the noise needs the noise."""
+        config = self.config
+        if config.corruption == "mask" or config.prediction_type == "epsilon":
+            return None
+        scale = config.one_hot_scale * projected_signal(config.num_categories, config.hidden_size)
+        schedule = visibility_schedule(config.noise_schedule, config.num_timesteps, config.num_categories, scale)
+        return schedule.to(self.null_prefix.device)
+
     def corruption(self) -> GaussianCorruption | MaskCorruption:
         """The diffusion process over this denoiser's token embeddings, as they are now."""
         config, weight = self.config, self.token_embedding.weight
@@ -421,7 +433,7 @@ class TDDDenoiser(TDDPreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(rows, num_tokens, hidden_size)`):
                 y_t W, the projected noisy tokens.
-            timesteps (`torch.LongTensor` of shape `(rows,)`):
+            timesteps (`torch.LongTensor` of shape `(rows,)` or `(rows, num_tokens)`):
                 Timesteps, 1 ... T.
             prefix_key_values (`tuple`):
                 The prefix's keys and values, a pair a layer, of `rows` rows.
@@ -429,14 +441,16 @@ class TDDDenoiser(TDDPreTrainedModel):
                 1 for prefix tokens to attend to, 0 for those to leave out.
         """
         num_tokens = inputs_embeds.shape[1]
-        hidden_states = self.input_norm(inputs_embeds) + self.position_embeddings[:num_tokens]
-        hidden_states = hidden_states + self.time_embedding(timesteps)[:, None]
+        timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
+        hidden_states = self.input_norm(inputs_embeds)
+        if (visibility := self.visibility) is not None:
+            # Noise as large as a token would drown position and condition: an input counts by what it says.
+            hidden_states = hidden_states * visibility[timesteps][..., None].to(hidden_states.dtype)
+        hidden_states = hidden_states + self.position_embeddings[:num_tokens] + self.time_embedding(timesteps)
         attention_mask = None
         if prefix_mask is not None:
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
-            keys = hidden_states.new_empty(
-                *key_mask.shape, 0
-            )  # for its shape: noisy tokens attend to more than they are
+            keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
         for layer, prefix_key_value in zip(self.layers, prefix_key_values):
             hidden_states, _ = layer(hidden_states, prefix_key_value, attention_mask, **kwargs)
@@ -656,7 +670,8 @@ def diffusion_loss(
         prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`): The images' conditions.
         targets (`torch.Tensor`):
             Clean tokens, int64 of shape `(batch_size, N)`, or their probabilities, `(batch_size, N, K categories)`.
-        timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*): Drawn if not given.
+        timesteps (`torch.LongTensor`, *optional*):
+            Of shape `(batch_size, timesteps_per_image)` or `(batch_size, timesteps_per_image, N)`. Drawn if not given.
         noise (`torch.Tensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*): Likewise.
         token_weight (`torch.Tensor` of shape `(batch_size, N)`, *optional*): Weights of the tokens, 1 by default.
     """
@@ -669,10 +684,13 @@ def diffusion_loss(
     prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
     # 2. K noisy versions of an image's tokens
     if timesteps is None:
-        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
+        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device).flatten()
+        if config.timestep_sampling == "per_token" and config.corruption == "gaussian" and num_tokens > 1:
+            timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps)
+    else:
+        timesteps = timesteps.flatten(0, 1)
     corruption = denoiser.corruption()
     noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
-    timesteps = timesteps.flatten()
     repeated_targets = targets.repeat_interleave(repeats, dim=0)
     inputs_embeds, weight = corruption.corrupt(repeated_targets, timesteps, noise)
     # 3. Denoise and compare
@@ -1030,11 +1048,13 @@ class GuidedPredictor:
         if self.unconditional is not None:
             self.unconditional = select_rows(self.unconditional, keep)
 
-    def __call__(self, state: Tensor, timestep: int) -> Tensor:
+    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
         """`state` as of the corruption; returns float32 scores of shape `(rows, num_tokens, K)`."""
         config = self.denoiser.config
         inputs_embeds = self.corruption.embed(state)
-        timesteps = torch.full((len(inputs_embeds),), timestep, device=inputs_embeds.device)
+        timesteps = token_timesteps
+        if timesteps is None:
+            timesteps = torch.full((len(inputs_embeds),), timestep, device=inputs_embeds.device)
         self.outputs = self.denoiser(inputs_embeds, timesteps, self.conditional, **self.denoiser_kwargs)
         prediction = self.head(self.outputs.last_hidden_state).float()
         if self.unconditional is not None:

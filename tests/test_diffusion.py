@@ -522,7 +522,7 @@ class RecordingPredictor:
         self.scores = scores
         self.calls: list[tuple[Tensor, int]] = []
 
-    def __call__(self, state: Tensor, timestep: int) -> Tensor:
+    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
         self.calls.append((state.clone(), timestep))
         return self.scores.expand(len(state), -1, -1)
 

@@ -32,7 +32,7 @@ class Script:
         self.corruption = model.model.denoiser.corruption()
         model.make_predictor = lambda *_: self
 
-    def __call__(self, state: Tensor, timestep: int) -> Tensor:
+    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
         self.states.append(state)
         self.seen_rows.append(self.rows.tolist())
         return self.scores[self.rows, len(self.states) - 1]
@@ -224,7 +224,7 @@ def test_the_loop_ends_with_its_last_row(make_captioner: MakeCaptioner) -> None:
 def test_early_stopping_changes_no_other_row(make_captioner: MakeCaptioner, corruption: str) -> None:
     """With a real denoiser: a row that stays has the trajectory that it has where no row leaves."""
     model, pixel_values = make_captioner(corruption=corruption), images(6)
-    call = {"num_inference_steps": 12, "guidance_scale": 2.0, "return_dict_in_generate": True}
+    call = {"num_inference_steps": 12, "guidance_scale": 2.0, "return_dict_in_generate": True, "sampler": "renoise"}
     stopping = model.generate(pixel_values, stability_threshold=1, output_trajectory=True, **call)
     full = model.generate(pixel_values, output_trajectory=True, **call)
     assert len(set(stopping.num_steps.tolist())) > 1  # some leave before others
@@ -428,17 +428,25 @@ def test_infilling_keeps_fixed_tokens_at_every_step(make_captioner: MakeCaptione
 
 
 def test_fixed_tokens_reach_the_denoiser(make_captioner: MakeCaptioner) -> None:
-    """A fixed token is re-noised like a predicted one. MDD shows it from the start."""
+    """Re-noised like any predicted token, or bare of noise from the start, or, with MDD, visible from the start."""
     model, prompt = make_captioner(max_position_embeddings=4), torch.tensor([[5, 6]])
+    call = {"num_inference_steps": 3, "sampler": "renoise"}
     fixed = script_tokens(model, [[[11, 12, 13, 14]] * 3])
-    model.generate(images(1), input_ids=prompt, num_inference_steps=3)
+    model.generate(images(1), input_ids=prompt, **call)
     predicted = script_tokens(model, [[[5, 6, 13, 14]] * 3])
-    model.generate(images(1), num_inference_steps=3)
+    model.generate(images(1), **call)
     other = script_tokens(model, [[[11, 12, 13, 14]] * 3])
-    model.generate(images(1), num_inference_steps=3)
+    model.generate(images(1), **call)
     for step in range(3):
         assert torch.equal(fixed.states[step], predicted.states[step])
         assert torch.equal(fixed.states[step], other.states[step]) == (step == 0)  # pure noise
+
+    script = script_tokens(model, [[[11, 12, 13, 14]] * 3])
+    model.generate(images(1), input_ids=prompt, num_inference_steps=3, sampler="confidence")
+    weight = model.model.denoiser.token_embedding.weight
+    distance = torch.cdist(script.states[0][0], weight)
+    assert distance.argmin(-1)[:2].tolist() == [5, 6]
+    assert (distance.amin(-1)[:2] < 0.5 * distance.amin(-1)[2:].min()).all()  # the free places are noise
 
     model = make_captioner(corruption="mask", max_position_embeddings=4)
     script = script_tokens(model, [[[11, 12, 13, 14]] * 3])
@@ -596,7 +604,7 @@ def test_unknown_arguments_are_refused(make_captioner: MakeCaptioner, name: str)
         ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer, got 2.5"),
         ({"guidance_scale": 0.9}, "`guidance_scale` must be at least 1, got 0.9"),
         ({"guidance_schedule": "step"}, "`guidance_schedule` must be one of 'constant'"),
-        ({"sampler": "ancestral"}, "`sampler` must be one of 'renoise'"),
+        ({"sampler": "ancestral"}, "`sampler` must be one of None, 'renoise', 'confidence'"),
         ({"max_length": 0}, "`max_length` must be at least 1"),
         ({"max_new_tokens": -1}, "`max_new_tokens` must be at least 1"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
