@@ -185,7 +185,7 @@ class TDDAttention(nn.Module):
 
 
 class TDDMLP(nn.Module):
-    """Two linear layers around an activation: the layers' feed-forward network, and the connector."""
+    """Two linear layers around an activation."""
 
     def __init__(self, in_size: int, inner_size: int, out_size: int, hidden_act: str):
         super().__init__()
@@ -195,6 +195,18 @@ class TDDMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class TDDConnector(nn.Module):
+    """From the encoder's features to the denoiser's prefix. Encoders differ in their features' scale, hence the norm."""
+
+    def __init__(self, config: TDDConfig, encoder_hidden_size: int):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(encoder_hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TDDMLP(encoder_hidden_size, config.hidden_size, config.hidden_size, config.hidden_act)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(self.layernorm(features))
 
 
 class TDDLayer(GradientCheckpointingLayer):
@@ -569,7 +581,7 @@ class TDDModel(TDDPreTrainedModel):
         if (pixel_values is None) == (image_features is None):
             raise ValueError("Give either `pixel_values` or `image_features`, and not both.")
         features = self.get_image_features(pixel_values) if image_features is None else image_features
-        return self.connector(features.to(self.connector.fc1.weight.dtype))
+        return self.connector(features.to(self.connector.layernorm.weight.dtype))
 
     @can_return_tuple
     def forward(
