@@ -198,7 +198,7 @@ class TDDMLP(nn.Module):
 
 
 class TDDConnector(nn.Module):
-    """From the encoder's features to the denoiser's prefix. Encoders differ in their features' scale, hence the norm."""
+    """From the encoder's features to the denoiser's prefix. The norm is for encoders that end without one."""
 
     def __init__(self, config: TDDConfig, encoder_hidden_size: int):
         super().__init__()
@@ -497,10 +497,9 @@ class TDDModel(TDDPreTrainedModel):
                 "`pooling='cls'` needs an encoder with a class token, and "
                 f"`{config.vision_config.model_type}` has none. Use `pooling='mean'`, or `None` for all tokens."
             )
-        width = config.hidden_size
         if config.freeze_encoder:
             self.encoder.requires_grad_(False)
-        self.connector = TDDMLP(self.encoder_hidden_size, width, width, config.hidden_act) if add_denoiser else None
+        self.connector = TDDConnector(config, self.encoder_hidden_size) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
         self.post_init()
 

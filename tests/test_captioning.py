@@ -190,7 +190,7 @@ def test_a_frozen_encoder_stays_as_it_is(make_captioner: MakeCaptioner, captions
     assert all(not module.training for module in encoder.modules())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in encoder.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-    assert model.model.denoiser.training and model.model.connector.fc1.weight.grad.abs().sum() > 0
+    assert model.model.denoiser.training and model.model.connector.mlp.fc1.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)

@@ -194,7 +194,7 @@ def test_every_encoder_trains_a_step_and_classifies(make_model: MakeModel, name:
         assert parameter.grad.isfinite().all(), parameter_name
     optimizer.step()
     for parameter_name in (
-        "model.connector.fc1.weight",
+        "model.connector.mlp.fc1.weight",
         "model.denoiser.token_embedding.weight",
         "model.denoiser.null_prefix",
         "classifier.weight",
