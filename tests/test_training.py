@@ -58,8 +58,10 @@ def test_imagenet_recipe_is_the_papers():
 
 
 def test_overrides_change_nested_values():
-    recipe = load_recipe(SCRIPT[1], ["training.epochs=5", "model.vision_config.num_hidden_layers=1"])
+    changes = ["training.epochs=5", "training.learning_rate=1e-4", "model.vision_config.num_hidden_layers=1"]
+    recipe = load_recipe(SCRIPT[1], changes)
     assert recipe.training.epochs == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
+    assert recipe.training.learning_rate == 1e-4  # a number, which it is not to YAML 1.1
 
 
 @pytest.mark.parametrize(

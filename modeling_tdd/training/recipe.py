@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """A recipe: everything that decides a training run, read from YAML."""
 
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -228,6 +229,15 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and with YAML 1.2's numbers: to PyYAML 1e-4 is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str | None = None) -> Recipe:
     r"""
     Reads a recipe.
@@ -246,7 +256,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
             message says what is allowed.
     """
     path = Path(path)
-    tree = yaml.safe_load(path.read_text())
+    tree = yaml.load(path.read_text(), _Loader)
     for override in overrides or []:
         _apply_override(tree, override)
     recipe_task = tree.pop("task", "classification")
@@ -294,7 +304,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
-    tree[last] = yaml.safe_load(value)
+    tree[last] = yaml.load(value, _Loader)
 
 
 def _from_folder(folder: Path, file: str) -> str:
