@@ -252,8 +252,10 @@ def to_one(logits: Tensor, sampling_strategy: str = "argmax", uniform: Tensor | 
     return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
-# Noise on a token that the "confidence" sampler has settled on, as a share of T: enough to be doubted.
-SETTLED_TIMESTEP = 0.02
+# Noise that the "confidence" sampler leaves on a token, as a share of T: on one that it has settled on, enough to be
+# doubted (docs/decisions.md, 12), and hardly any on one that was given.
+SETTLED_TIMESTEP = 0.3
+GIVEN_TIMESTEP = 0.02
 
 
 # ---- Corruptions: TDD's Gaussian noise and MDD's masks, one interface
@@ -423,13 +425,16 @@ class GaussianCorruption:
         Timesteps of shape (rows, N) to re-noise to, or `None` where all tokens share `next_timestep`.
 
         `"renoise"` is the paper's loop. `"confidence"` is for networks trained with a timestep of each token's own:
-        what the network is surest of is almost bare of noise, the rest is noise alone, and both may be revised.
+        what the network is surest of has lost most of its noise, the rest is noise alone, and both may be revised.
         """
         if sampler == "renoise":
             return None
         num_timesteps = len(self.alpha_bar) - 1
         settled = most_confident(scores, 1 - next_timestep / num_timesteps, fixed_mask)
-        return torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
+        timesteps = torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
+        if fixed_mask is None:
+            return timesteps
+        return timesteps.masked_fill(fixed_mask, max(1, round(GIVEN_TIMESTEP * num_timesteps)))
 
     def step(
         self,

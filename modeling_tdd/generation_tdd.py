@@ -61,8 +61,8 @@ class TDDGenerationConfig(GenerationConfig):
             Denoising steps.
         sampler (`str`, *optional*):
             How a state follows from a prediction. `"renoise"`, the paper's: all tokens are re-noised to the next
-            timestep. `"confidence"`: the likeliest lose almost all noise, the rest stay noise; it is the default of
-            models trained with `timestep_sampling="per_token"`. MDD always settles the likeliest first.
+            timestep. `"confidence"`: the likeliest lose most of their noise, the rest stay noise; it is the
+            default of models trained with `timestep_sampling="per_token"`. MDD always settles the likeliest first.
         guidance_scale (`float`, *optional*, defaults to 1.0):
             Classifier-free guidance (equation 1); 1.0 is none and costs nothing.
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
