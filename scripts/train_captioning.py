@@ -192,7 +192,8 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
 
 
 def result_table(results: list[dict[str, Any]], split: str) -> str:
-    """Exact match and token F1 in percent: a row a method, guidance scale and metric, a column a number of steps."""
+    """Scores in percent: a row a method, guidance scale and metric, a column a number of steps, and a last one for
+    what iteration adds, the most steps less the fewest. A model that ignores its noisy tokens gains nothing there."""
     cells: dict[tuple[str, float, str], dict[int, list[float]]] = {}
     for result in results:
         for entry in (entry for entry in result["scores"] if entry["split"] == split):
@@ -200,11 +201,13 @@ def result_table(results: list[dict[str, Any]], split: str) -> str:
                 row = cells.setdefault((result["method"], entry["guidance_scale"], metric), {})
                 row.setdefault(entry["num_inference_steps"], []).append(entry[metric])
     steps = sorted({steps for row in cells.values() for steps in row})
-    header = ["method", "guidance", "metric", *(f"{count} step{'s' if count > 1 else ''}" for count in steps)]
-    rows = [
-        [method, f"{scale:g}", metric, *(mean_and_spread(row[count]) if count in row else "" for count in steps)]
-        for (method, scale, metric), row in cells.items()
-    ]
+    columns = [f"{count} step{'s' if count > 1 else ''}" for count in steps]
+    header = ["method", "guidance", "metric", *columns, f"{steps[-1]} less {steps[0]}"]
+    rows = []
+    for (method, scale, metric), row in cells.items():
+        gains = [last - first for last, first in zip(row[steps[-1]], row[steps[0]])]
+        scores = [mean_and_spread(row[count]) for count in steps]
+        rows.append([method, f"{scale:g}", metric, *scores, mean_and_spread(gains)])
     return markdown_table(header, rows)
 
 
