@@ -350,16 +350,16 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.post_init()
 
     @property
+    def _signal_scale(self) -> float:
+        """What lambda and the projection W leave of a one-hot vector's amplitude."""
+        return self.config.one_hot_scale * projected_signal(self.config.num_categories, self.config.hidden_size)
+
+    @property
     def alpha_bar(self) -> Tensor:
         """The schedule, of shape `(num_timesteps + 1,)`. No buffer: it must stay float32 in a half-precision model."""
         config = self.config
-        visible = projected_signal(config.num_categories, config.hidden_size)
         return alpha_bar_schedule(
-            config.noise_schedule,
-            config.num_timesteps,
-            config.num_categories,
-            config.corruption,
-            config.one_hot_scale * visible,
+            config.noise_schedule, config.num_timesteps, config.num_categories, config.corruption, self._signal_scale
         ).to(self.null_prefix.device)
 
     @property
@@ -368,9 +368,9 @@ class TDDDenoiser(TDDPreTrainedModel):
         config = self.config
         if config.corruption == "mask" or config.prediction_type == "epsilon":
             return None
-        scale = config.one_hot_scale * projected_signal(config.num_categories, config.hidden_size)
-        schedule = visibility_schedule(config.noise_schedule, config.num_timesteps, config.num_categories, scale)
-        return schedule.to(self.null_prefix.device)
+        return visibility_schedule(
+            config.noise_schedule, config.num_timesteps, config.num_categories, self._signal_scale
+        ).to(self.null_prefix.device)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
         """The diffusion process over this denoiser's token embeddings, as they are now."""
@@ -653,6 +653,15 @@ def expand_rows(key_values: KeyValues, rows: int) -> KeyValues:
     return tuple(tuple(states.expand(rows, -1, -1, -1) for states in pair) for pair in key_values)
 
 
+def check_label_range(labels: Tensor, num_categories: int) -> None:
+    """Raises a `ValueError` for int64 labels out of range, which on a GPU would end the process."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    low, high = labels.aminmax()
+    if low < 0 or high >= num_categories:
+        raise ValueError(f"`labels` must be in [0, {num_categories - 1}], got {low} to {high}.")
+
+
 class DiffusionLoss(NamedTuple):
     """Result of [`diffusion_loss`]; the logits have the shape (batch_size, timesteps_per_image, N, K categories)."""
 
@@ -850,10 +859,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 f"`labels` must have shape ({batch_size},) with integers or ({batch_size}, {self.num_labels}) with "
                 f"probabilities, got {tuple(labels.shape)} of {labels.dtype}."
             )
-        if not soft and not torch.compiler.is_compiling() and labels.numel() > 0:
-            low, high = labels.aminmax()
-            if low < 0 or high >= self.num_labels:
-                raise ValueError(f"`labels` must be in [0, {self.num_labels - 1}], got {low} to {high}.")
+        if not soft:
+            check_label_range(labels, self.num_labels)
 
     def _classify_directly(
         self, features: Tensor, labels: Tensor | None, output_trajectory: bool
@@ -881,8 +888,14 @@ class TDDForImageClassification(TDDPreTrainedModel):
     ) -> TDDImageClassifierOutput:
         """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
         # 1. Keys and values, once for all steps
-        predictor = make_predictor(
-            self.model.denoiser, self.classifier, prefix, num_noise_samples, guidance_scale, guidance_schedule, kwargs
+        predictor = GuidedPredictor(
+            self.model.denoiser,
+            self.classifier,
+            prefix,
+            num_noise_samples,
+            guidance_scale,
+            guidance_schedule,
+            **kwargs,
         )
         # 2. The loop
         steps = denoise(
@@ -1018,36 +1031,37 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
                 "captions, or make `max_position_embeddings` larger."
             )
         labels = labels.masked_fill(labels == -100, self.config.pad_token_id)
-        if not torch.compiler.is_compiling() and labels.numel() > 0:
-            low, high = labels.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"`labels` must be in [0, {self.config.vocab_size - 1}], got {low} to {high}.")
+        check_label_range(labels, self.config.vocab_size)
         return nn.functional.pad(labels, (0, length - labels.shape[1]), value=self.config.pad_token_id)
 
     def make_predictor(
         self, prefix: Tensor, repeats: int, guidance_scale: float, guidance_schedule: str
     ) -> "GuidedPredictor":
         """What `generate` denoises with: the prefix's keys and values, each image's `repeats` times."""
-        return make_predictor(
-            self.model.denoiser, self.lm_head, prefix, repeats, guidance_scale, guidance_schedule, {}
-        )
+        return GuidedPredictor(self.model.denoiser, self.lm_head, prefix, repeats, guidance_scale, guidance_schedule)
 
 
 class GuidedPredictor:
-    """Scores over K categories from a state and its timestep: the denoiser, its head, and guidance (Algorithm 1)."""
+    """Scores over K categories from a state and its timestep: the denoiser, its head, and guidance (Algorithm 1).
+
+    Each image of `prefix` has `repeats` rows in succession.
+    """
 
     def __init__(
         self,
         denoiser: TDDDenoiser,
         head: nn.Module,
-        conditional: KeyValues,
-        unconditional: KeyValues | None,
+        prefix: Tensor,
+        repeats: int,
         guidance_scale: float,
         guidance_schedule: str,
-        denoiser_kwargs: dict[str, Any],
+        **denoiser_kwargs: Any,
     ):
         self.denoiser, self.head = denoiser, head
-        self.conditional, self.unconditional = conditional, unconditional
+        self.conditional = repeat_rows(denoiser.encode_prefix(prefix), repeats)
+        self.unconditional = None
+        if guidance_scale != 1:  # only guidance reads the null prefix
+            self.unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), len(prefix) * repeats)
         self.guidance_scale, self.guidance_schedule = guidance_scale, guidance_schedule
         self.denoiser_kwargs = denoiser_kwargs
         self.corruption = denoiser.corruption()
@@ -1077,25 +1091,6 @@ class GuidedPredictor:
             # y_0 up to a positive factor, which no argmax sees: at t = T the factor is infinite.
             return state - (1 - self.corruption.alpha_bar[timestep]).sqrt() * prediction
         return prediction
-
-
-def make_predictor(
-    denoiser: TDDDenoiser,
-    head: nn.Module,
-    prefix: Tensor,
-    repeats: int,
-    guidance_scale: float,
-    guidance_schedule: str,
-    denoiser_kwargs: dict[str, Any],
-) -> GuidedPredictor:
-    """A predictor for `repeats` rows of each image. The null prefix is encoded only where guidance reads it."""
-    conditional = repeat_rows(denoiser.encode_prefix(prefix), repeats)
-    unconditional = None
-    if guidance_scale != 1:
-        unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), len(prefix) * repeats)
-    return GuidedPredictor(
-        denoiser, head, conditional, unconditional, guidance_scale, guidance_schedule, denoiser_kwargs
-    )
 
 
 def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:
