@@ -5,7 +5,6 @@
 Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,13 @@ from modeling_tdd.configuration_tdd import TDDConfig
 from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
 from modeling_tdd.processing_tdd import TDDProcessor
 from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
 from modeling_tdd.training.data import Batch, Example, build_train_transform
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
 from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
 from modeling_tdd.training.tokenization import train_tokenizer
-
-
-CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/emoji.yaml")
-    parser.add_argument("--methods", nargs="+", choices=list(CORRUPTIONS), default=["tdd"], help="what to train")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
-    parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
-    return parser.parse_args()
 
 
 def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
@@ -212,7 +199,7 @@ def result_table(results: list[dict[str, Any]], split: str) -> str:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_comparison_args(__doc__, "scripts/recipes/emoji.yaml")
     state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set, task="captioning")
     output_dir = args.output_dir or Path("outputs") / recipe.name

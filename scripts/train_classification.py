@@ -5,7 +5,6 @@
 Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, pipeline
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
+from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
 from modeling_tdd.training.data import (
     EvalCollator,
     TrainCollator,
@@ -28,19 +28,6 @@ from modeling_tdd.training.data import (
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import EvaluationRecipe, Recipe, load_recipe
 from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
-
-
-CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/digits.yaml")
-    parser.add_argument("--methods", nargs="+", choices=list(CORRUPTIONS), default=["tdd"], help="what to train")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
-    parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
-    return parser.parse_args()
 
 
 @torch.inference_mode()
@@ -132,7 +119,7 @@ def show_prediction(folder: Path, eval_data: Dataset) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_comparison_args(__doc__, "scripts/recipes/digits.yaml")
     state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set)
     output_dir = args.output_dir or Path("outputs") / recipe.name
