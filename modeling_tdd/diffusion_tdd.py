@@ -310,7 +310,9 @@ def noise_factor(weight: Tensor) -> Tensor:
         return torch.linalg.cholesky(gram + jitter * torch.eye(width, dtype=gram.dtype, device=gram.device)).T
 
 
-def most_confident(scores: Tensor, share: float, fixed_mask: Tensor | None = None) -> Tensor:
+def most_confident(
+    scores: Tensor, share: float, fixed_mask: Tensor | None = None, beyond_end: Tensor | None = None
+) -> Tensor:
     r"""
     The places of a sequence that are settled first.
 
@@ -318,17 +320,21 @@ def most_confident(scores: Tensor, share: float, fixed_mask: Tensor | None = Non
         scores (`torch.Tensor` of shape `(rows, N)`): Log-probabilities of predicted tokens; infinite where settled.
         share (`float`): Share of the free places to settle.
         fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*): Places that were given, and are not free.
+        beyond_end (`torch.BoolTensor` of shape `(rows, N)`, *optional*):
+            Places that hold padding by the prediction. The same share of them is settled as of the others: padding is
+            easy, and if it came first all words would be left to the last steps, several at once.
 
     Returns:
         `torch.BoolTensor` of shape `(rows, N)`: the fixed places and `share` of the others, those of highest score.
     """
-    num_fixed = torch.zeros_like(scores[:, :1])
-    if fixed_mask is not None:
-        scores = scores.masked_fill(fixed_mask, float("inf"))
-        num_fixed = fixed_mask.sum(dim=1, keepdim=True)
-    num_free = (scores.shape[1] - num_fixed).double()
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < num_fixed + (share * num_free).round()
+    is_free = torch.ones_like(scores, dtype=torch.bool) if fixed_mask is None else ~fixed_mask
+    groups = [is_free] if beyond_end is None else [is_free & beyond_end, is_free & ~beyond_end]
+    settled = ~is_free
+    for group in groups:
+        rank = scores.masked_fill(~group, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        quota = (share * group.sum(dim=1, keepdim=True).double()).round()
+        settled = settled | (group & (rank < quota))
+    return settled
 
 
 class GaussianCorruption:
@@ -419,7 +425,12 @@ class GaussianCorruption:
         return tokens
 
     def token_timesteps(
-        self, sampler: str, scores: Tensor, next_timestep: int, fixed_mask: Tensor | None = None
+        self,
+        sampler: str,
+        scores: Tensor,
+        next_timestep: int,
+        fixed_mask: Tensor | None = None,
+        beyond_end: Tensor | None = None,
     ) -> Tensor | None:
         r"""
         Timesteps of shape (rows, N) to re-noise to, or `None` where all tokens share `next_timestep`.
@@ -430,7 +441,7 @@ class GaussianCorruption:
         if sampler == "renoise":
             return None
         num_timesteps = len(self.alpha_bar) - 1
-        settled = most_confident(scores, 1 - next_timestep / num_timesteps, fixed_mask)
+        settled = most_confident(scores, 1 - next_timestep / num_timesteps, fixed_mask, beyond_end)
         timesteps = torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
         if fixed_mask is None:
             return timesteps
@@ -444,6 +455,7 @@ class GaussianCorruption:
         next_timestep: int | Tensor,
         noise: Tensor,
         fixed_mask: Tensor | None = None,
+        beyond_end: Tensor | None = None,
     ) -> Tensor:
         """Re-noises the predicted tokens to `next_timestep` (Section 3.2, inference), one for all or, of shape
         (rows, N), one for each; the old state is forgotten."""
@@ -506,7 +518,12 @@ class MaskCorruption:
         return torch.where(state == self.mask_token, tokens, state)
 
     def token_timesteps(
-        self, sampler: str, scores: Tensor, next_timestep: int, fixed_mask: Tensor | None = None
+        self,
+        sampler: str,
+        scores: Tensor,
+        next_timestep: int,
+        fixed_mask: Tensor | None = None,
+        beyond_end: Tensor | None = None,
     ) -> None:
         """Whatever the sampler, all tokens share a timestep: `step` settles them in the order of confidence."""
 
@@ -518,6 +535,7 @@ class MaskCorruption:
         next_timestep: int,
         noise: Tensor,
         fixed_mask: Tensor | None = None,
+        beyond_end: Tensor | None = None,
     ) -> Tensor:
         """Unmasks the most confident predictions until `alpha_bar` of the row's free places are visible.
 
@@ -528,10 +546,11 @@ class MaskCorruption:
             next_timestep (`int`): The timestep to step to.
             noise (`torch.Tensor`): Not used: the order is the confidence's alone.
             fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*): Places that were never masked.
+            beyond_end (`torch.BoolTensor` of shape `(rows, N)`, *optional*): As in [`most_confident`].
         """
         is_mask = state == self.mask_token
         confidence = scores.masked_fill(~is_mask, float("inf"))  # what is visible ranks first
-        settled = most_confident(confidence, self.alpha_bar[next_timestep].item(), fixed_mask)
+        settled = most_confident(confidence, self.alpha_bar[next_timestep].item(), fixed_mask, beyond_end)
         return torch.where(is_mask & settled, tokens, state)
 
 
@@ -592,6 +611,7 @@ def denoise(
     process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     fixed_tokens: Tensor | None = None,
     fixed_mask: Tensor | None = None,
+    follows_end: Callable[[Tensor], Tensor] | None = None,
     stability_threshold: int | None = None,
 ) -> Iterator[DenoisingStep]:
     r"""
@@ -623,6 +643,8 @@ def denoise(
             Tokens that stay as they are where `fixed_mask` is true: infilling.
         fixed_mask (`torch.BoolTensor` of shape `(rows, N)`, *optional*):
             Where `fixed_tokens` holds.
+        follows_end (`Callable`, *optional*):
+            From tokens to a mask of the places behind a sequence's end, see `beyond_end` of [`most_confident`].
         stability_threshold (`int`, *optional*):
             A row whose tokens have not changed for so many steps is finished and leaves the loop.
 
@@ -675,9 +697,11 @@ def denoise(
                     fixed_tokens, fixed_mask = fixed_tokens[keep], fixed_mask[keep]
         # 5. Re-noise, less than before
         scores = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        levels = corruption.token_timesteps(sampler, scores, next_timestep, fixed_mask)
+        beyond_end = None if follows_end is None else follows_end(tokens)
+        levels = corruption.token_timesteps(sampler, scores, next_timestep, fixed_mask, beyond_end)
         next_levels = next_timestep if levels is None else levels
-        state = corruption.step(state, tokens, scores, next_levels, noise[active % num_noise_samples], fixed_mask)
+        noise = noise[active % num_noise_samples]
+        state = corruption.step(state, tokens, scores, next_levels, noise, fixed_mask, beyond_end)
 
 
 __all__ = [

@@ -6,6 +6,7 @@ around a gap, and padding in the places beyond the wanted length.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -313,6 +314,7 @@ class TDDGenerationMixin:
             process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
             fixed_tokens=fixed.tokens if fixed.mask.any() else None,
             fixed_mask=fixed.mask if fixed.mask.any() else None,
+            follows_end=partial(follows_end, config=config),
             stability_threshold=config.stability_threshold,
         ):
             recorder.record(step)
