@@ -12,7 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ..configuration_tdd import TDDConfig
-from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel
+from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel, check_label_range
 
 
 class AutoregressiveConfig(TDDConfig):
@@ -81,9 +81,13 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
                 Images, as the image processor returns them.
             image_features (`torch.FloatTensor`, *optional*):
                 In place of `pixel_values`: features of `model.get_image_features`.
+
+        Raises:
+            `ValueError`: for token ids out of range, or unless one of `pixel_values` and `image_features` is given.
         """
         prefix = self.model.get_prefix(pixel_values, image_features)
         tokens = labels.masked_fill(labels == -100, self.config.pad_token_id)
+        check_label_range(tokens, self.config.vocab_size)
         inputs_embeds = torch.cat([prefix, self.decoder.get_input_embeddings()(tokens)], dim=1)
         # The prefix is not predicted; its last place predicts the caption's first token.
         targets = tokens.masked_fill(tokens == self.config.pad_token_id, -100)
