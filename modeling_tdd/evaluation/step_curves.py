@@ -20,6 +20,7 @@ PLOTTED = {"exact_match": "exact match, %", "token_f1": "token F1, %"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#666666"
+LEVEL_STYLES = ("--", ":", "-.")
 
 
 class Line(NamedTuple):
@@ -121,41 +122,58 @@ def plot_scores(results: list[dict[str, Any]]) -> "Figure":
 
     splits = splits_of(results)
     figure = Figure(figsize=(3.5 * len(splits) + 0.4, 5.6), layout="constrained")
-    grid = figure.subplots(len(PLOTTED), len(splits), squeeze=False, sharex=True)
+    grid = figure.subplots(len(PLOTTED), len(splits), squeeze=False)
+    styles = _line_styles(results, splits)
     for panels, (metric, name) in zip(grid, PLOTTED.items()):
         panels[0].set_ylabel(name)
         for axes, split in zip(panels, splits):
-            _plot_panel(axes, collect_scores(results, split, metric))
+            _plot_panel(axes, collect_scores(results, split, metric), styles)
     for axes, split in zip(grid[0], splits):
         axes.set_title(split, fontsize=11)
     for axes in grid[-1]:
         axes.set_xlabel("denoising steps")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
-    columns = min(4, len(handles))
+    columns = min(2 * len(splits), len(handles))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
-def _plot_panel(axes: "Axes", lines: dict[Line, Scores]) -> None:
-    curves = {line: scores for line, scores in lines.items() if None not in scores}
-    steps = sorted({count for scores in curves.values() for count in scores})
-    for index, (line, scores) in enumerate(curves.items()):
+def _line_styles(results: list[dict[str, Any]], splits: list[str]) -> dict[Line, dict[str, Any]]:
+    """One look a line in all panels, whether or not each has all lines."""
+    metric = next(iter(PLOTTED))
+    lines = {
+        line: None in scores for split in splits for line, scores in collect_scores(results, split, metric).items()
+    }
+    curves = [line for line, level in lines.items() if not level]
+    levels = [line for line, level in lines.items() if level]
+    rounds = len(COLORS)
+    styles: dict[Line, dict[str, Any]] = {}
+    for index, line in enumerate(curves):
+        marker = MARKERS[(index + index // rounds) % len(MARKERS)]  # another one when the colours begin again
+        styles[line] = {"color": COLORS[index % rounds], "marker": marker, "markersize": 5, "linewidth": 1.6}
+    for index, line in enumerate(levels):
+        styles[line] = {"color": GREY, "linestyle": LEVEL_STYLES[index % len(LEVEL_STYLES)], "linewidth": 1.3}
+    return styles
+
+
+def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict[str, Any]]) -> None:
+    for line, scores in lines.items():
+        style = styles[line]
+        if None in scores:
+            mean, spread = _mean_and_deviation(scores[None])
+            axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+            axes.axhline(mean, label=line.label, **style)
+            continue
         counts = sorted(scores)
-        mean, spread = zip(*(_mean_and_deviation(scores[count]) for count in counts))
-        color = COLORS[index % len(COLORS)]
-        marker = MARKERS[index % len(MARKERS)]
-        low, high = [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)]
-        axes.fill_between(counts, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(counts, mean, color=color, marker=marker, markersize=5, linewidth=1.6, label=line.label)
-    levels = {line: scores[None] for line, scores in lines.items() if None in scores}
-    for index, (line, values) in enumerate(levels.items()):
-        mean, spread = _mean_and_deviation(values)
-        axes.axhspan(mean - spread, mean + spread, color=GREY, alpha=0.12, linewidth=0)
-        axes.axhline(mean, color=GREY, linewidth=1.3, linestyle=("--", ":", "-.")[index % 3], label=line.label)
+        means, spreads = zip(*(_mean_and_deviation(scores[count]) for count in counts))
+        low, high = [m - s for m, s in zip(means, spreads)], [m + s for m, s in zip(means, spreads)]
+        axes.fill_between(counts, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(counts, means, label=line.label, **style)
+    steps = sorted({count for scores in lines.values() for count in scores if count is not None})
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(count) for count in steps])
     axes.minorticks_off()
-    axes.tick_params(labelsize=8, labelbottom=True)
+    axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
