@@ -313,7 +313,7 @@ class TDDPreTrainedModel(PreTrainedModel):
         encoder_kwargs = encoder_kwargs or {}
         pretrained_config = AutoConfig.from_pretrained(encoder_name_or_path, **encoder_kwargs)
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
-        model = cls(TDDConfig(vision_config=vision_config, **config_kwargs))
+        model = cls(cls.config_class(vision_config=vision_config, **config_kwargs))
         encoder = getattr(model, cls.base_model_prefix, model).encoder
         pretrained, info = type(encoder).from_pretrained(
             encoder_name_or_path, config=vision_config, output_loading_info=True, **encoder_kwargs

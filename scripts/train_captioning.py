@@ -1,11 +1,12 @@
-"""Train captioners by a recipe, TDD and its rival MDD alike, and print their scores side by side.
+"""Train captioners by a recipe, TDD and its rivals alike, and print their scores side by side.
 
-    python scripts/train_captioning.py scripts/recipes/emoji.yaml --methods tdd mdd --seeds 0 1 2
+    python scripts/train_captioning.py scripts/recipes/emoji.yaml --methods tdd mdd ar nearest --seeds 0 1 2
 
-Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
+`ar` is an autoregressive captioner of the same size; `nearest`, the floor, is the caption of the nearest training
+picture. Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
 """
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
 
 from modeling_tdd import TDDForCaptioning
-from modeling_tdd.configuration_tdd import TDDConfig
+from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, nearest_captions
 from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
+from modeling_tdd.evaluation.step_curves import read_results, score_table
 from modeling_tdd.processing_tdd import TDDProcessor
 from modeling_tdd.training.caption_data import load_caption_data
 from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
@@ -27,8 +29,11 @@ from modeling_tdd.training.data import Batch, Example, build_train_transform
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
-from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
+from modeling_tdd.training.results import save_checkpoint, write_json
 from modeling_tdd.training.tokenization import train_tokenizer
+
+
+Captioner = TDDForCaptioning | AutoregressiveCaptioner
 
 
 def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
@@ -41,17 +46,19 @@ def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
     return TDDProcessor(ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True), tokenizer)
 
 
-def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> TDDForCaptioning:
+def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> Captioner:
+    model_class = AutoregressiveCaptioner if method == "ar" else TDDForCaptioning
     fields = {
         **recipe.model,
-        "corruption": CORRUPTIONS[method],
         "vocab_size": len(processor.tokenizer),
         "pad_token_id": processor.tokenizer.pad_token_id,
         "eos_token_id": processor.tokenizer.eos_token_id,
     }
+    if method in CORRUPTIONS:
+        fields["corruption"] = CORRUPTIONS[method]
     if recipe.encoder is not None:
-        return TDDForCaptioning.from_encoder_pretrained(recipe.encoder, **fields)
-    return TDDForCaptioning(TDDConfig(**fields))
+        return model_class.from_encoder_pretrained(recipe.encoder, **fields)
+    return model_class(model_class.config_class(**fields))
 
 
 class CachedExamples(Dataset):
@@ -92,26 +99,26 @@ class CaptionCollator:
 
 def make_examples(
     recipe: CaptionRecipe,
-    model: TDDForCaptioning,
+    model: Captioner,
     image_processor: BaseImageProcessor,
     data: DatasetDict,
     folder: Path,
     accelerator: Accelerator,
 ) -> dict[str, Dataset]:
-    """Each split as it is or, for a frozen encoder, as cached features."""
+    """Each split as it is or, for a frozen encoder, as cached features: view 0 of the pictures as they are, others of
+    augmented ones."""
     if not recipe.model.get("freeze_encoder", False):
         return dict(data)
     examples = {}
     with accelerator.main_process_first():
         for split in data:
-            views: list[Any] = [image_processor]
+            views: dict[int, Any] = {0: image_processor}
             if split == recipe.data.train_split and recipe.feature_views > 1:
-                views = [
-                    AugmentedViews(recipe.augmentation, image_processor, view) for view in range(recipe.feature_views)
-                ]
+                numbers = range(1, recipe.feature_views + 1)
+                views = {view: AugmentedViews(recipe.augmentation, image_processor, view) for view in numbers}
             features = [
-                cache_features(model.model, view, data[split], folder / f"{split}-{index}.safetensors")
-                for index, view in enumerate(views)
+                cache_features(model.model, view, data[split], folder / f"{split}-{number}.safetensors")
+                for number, view in views.items()
             ]
             examples[split] = CachedExamples(features, data[split]["captions"])
     return examples
@@ -119,7 +126,7 @@ def make_examples(
 
 @torch.inference_mode()
 def caption_split(
-    accelerator: Accelerator, model: TDDForCaptioning, processor: TDDProcessor, loader: DataLoader, **settings: Any
+    accelerator: Accelerator, model: Captioner, processor: TDDProcessor, loader: DataLoader, **settings: Any
 ) -> list[str]:
     """Captions of a split, in its order, from all processes together."""
     model.eval()
@@ -154,7 +161,7 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
     }
     seen = seen_bigrams(caption for captions in data[train_split]["captions"] for caption in captions)
 
-    def score(model: TDDForCaptioning, split: str, **settings: Any) -> dict[str, float]:
+    def score(model: Captioner, split: str, **settings: Any) -> dict[str, float]:
         predictions = caption_split(accelerator, model, processor, loaders[split], **settings)
         return caption_metrics(predictions, data[split]["captions"], seen)
 
@@ -169,7 +176,7 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
     scores = [
         {"split": split, **settings, **score(model, split, **settings)}
         for split in loaders
-        for settings in recipe.evaluation.grid()
+        for settings in (recipe.evaluation.grid() if method in CORRUPTIONS else [{}])
     ]
     if accelerator.is_main_process:
         save_checkpoint(folder, model, processor)
@@ -178,42 +185,51 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
     accelerator.wait_for_everyone()
 
 
-def result_table(results: list[dict[str, Any]], split: str) -> str:
-    """Scores in percent: a row a method, guidance scale and metric, a column a number of steps, and a last one for
-    what iteration adds, the most steps less the fewest. A model that ignores its noisy tokens gains nothing there."""
-    cells: dict[tuple[str, float, str], dict[int, list[float]]] = {}
-    for result in results:
-        for entry in (entry for entry in result["scores"] if entry["split"] == split):
-            for metric in ("exact_match", "token_f1", "stutter", "fluent"):
-                row = cells.setdefault((result["method"], entry["guidance_scale"], metric), {})
-                row.setdefault(entry["num_inference_steps"], []).append(entry[metric])
-    steps = sorted({steps for row in cells.values() for steps in row})
-    columns = [f"{count} step{'s' if count > 1 else ''}" for count in steps]
-    header = ["method", "guidance", "metric", *columns, f"{steps[-1]} less {steps[0]}"]
-    rows = []
-    for (method, scale, metric), row in cells.items():
-        gains = [last - first for last, first in zip(row[steps[-1]], row[steps[0]])]
-        scores = [mean_and_spread(row[count]) for count in steps]
-        rows.append([method, f"{scale:g}", metric, *scores, mean_and_spread(gains)])
-    return markdown_table(header, rows)
+def run_nearest(recipe: CaptionRecipe, seed: int, output_dir: Path) -> None:
+    """Scores the captions of the nearest training pictures. Nothing is trained or drawn: all seeds are the same."""
+    accelerator = make_accelerator(recipe.training)
+    data = load_caption_data(recipe.data)
+    processor = make_processor(recipe, data)
+    model = make_model(recipe, "nearest", processor)
+    plain = replace(recipe, feature_views=1)  # the pictures as they are
+    examples = make_examples(plain, model, processor.image_processor, data, output_dir / "features", accelerator)
+    train_features, train_captions = (
+        examples[recipe.data.train_split].views[0],
+        data[recipe.data.train_split]["captions"],
+    )
+    seen = seen_bigrams(caption for captions in train_captions for caption in captions)
+    scores = []
+    for split in recipe.data.eval_splits:
+        features = examples[split].views[0]
+        predictions = nearest_captions(features, train_features, [captions[0] for captions in train_captions])
+        scores.append({"split": split, **caption_metrics(predictions, data[split]["captions"], seen)})
+    if accelerator.is_main_process:
+        result = {"method": "nearest", "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
+        write_json(output_dir / f"nearest-seed{seed}" / "result.json", result)
+    accelerator.wait_for_everyone()
 
 
 def main() -> None:
-    args = parse_comparison_args(__doc__, "scripts/recipes/emoji.yaml")
+    args = parse_comparison_args(__doc__, "scripts/recipes/emoji.yaml", other_methods=["ar", "nearest"])
     state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set, task="captioning")
+    frozen = recipe.encoder is not None and recipe.model.get("freeze_encoder", False)
+    if "nearest" in args.methods and not frozen:
+        raise ValueError("`nearest` needs features of a pretrained encoder: set `encoder` and `model.freeze_encoder`.")
     output_dir = args.output_dir or Path("outputs") / recipe.name
-    runs = [(method, seed) for method in args.methods for seed in args.seeds]
-    for method, seed in runs:
-        folder = output_dir / f"{method}-seed{seed}"
+    # Without anything random the floor needs no second seed.
+    runs = [(m, seed) for m in args.methods for seed in (args.seeds[:1] if m == "nearest" else args.seeds)]
+    folders = {(method, seed): output_dir / f"{method}-seed{seed}" for method, seed in runs}
+    for (method, seed), folder in folders.items():
         if (folder / "result.json").exists():
             state.print(f"{folder} is done already.")
+        elif method == "nearest":
+            run_nearest(recipe, seed, output_dir)
         else:
             run(recipe, method, seed, output_dir)
     if state.is_main_process:
-        files = [output_dir / f"{method}-seed{seed}" / "result.json" for method, seed in runs]
-        results = [json.loads(file.read_text()) for file in files]
-        tables = [f"### {split}\n\n{result_table(results, split)}" for split in recipe.data.eval_splits]
+        results = read_results(folders.values())
+        tables = [f"### {split}\n\n{score_table(results, split)}" for split in recipe.data.eval_splits]
         (output_dir / "results.md").write_text("\n\n".join(tables) + "\n")
         print(f"\nScores in %, {len(args.seeds)} seed(s):\n\n" + "\n\n".join(tables))
 

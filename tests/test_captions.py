@@ -19,7 +19,6 @@ from modeling_tdd.evaluation.captions import (
     coco_metrics,
     exact_match,
     fluent_share,
-    nearest_captions,
     seen_bigrams,
     split_tokens,
     stutter_share,
@@ -363,14 +362,6 @@ def test_coco_metrics():
     score = coco_metrics(["two dogs play on sand"], [["two dogs play on grass"]])["bleu_4"]
     assert score == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-6)
     assert coco_metrics(["a", "b", "c"], references)["cider"] < 0.1 * perfect["cider"]
-
-
-def test_nearest_captions():
-    train = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]]).half()
-    queries = torch.tensor([[[0.2, 9.0], [0.0, 9.0]], [[5.0, 1.0], [5.0, -1.0]], [[-2.0, 0.5], [-2.0, 0.5]]])
-    assert nearest_captions(queries, train, ["east", "north", "west"], batch_size=2) == ["north", "east", "west"]
-    with pytest.raises(ValueError, match="must be as many, got 3 and 1"):
-        nearest_captions(queries, train, ["east"])
 
 
 # ---- The script, as users run it

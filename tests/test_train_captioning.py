@@ -58,10 +58,14 @@ def test_from_a_frozen_encoder_with_cached_features_and_again(tmp_path: Path) ->
     ViTImageProcessor(size={"height": 16, "width": 16}, do_convert_rgb=True).save_pretrained(encoder)
     settings = (f"encoder={encoder}", "feature_views=2", "augmentation.size=16")
     output = run_script(tmp_path, *settings)
-    assert "### validation" in output and "| mdd    | 1        | token_f1" in output and "| 4 less 1" in output
+    assert (
+        "### validation" in output
+        and "| mdd    | calibrated | 1        | token_f1" in output
+        and "| 4 less 1" in output
+    )
     check_results(tmp_path / "outputs/emoji")
     cached = {path.name for path in (tmp_path / "outputs/emoji/features").iterdir()}
-    assert cached == {"train-0.safetensors", "train-1.safetensors", "validation-0.safetensors"}
+    assert cached == {"train-1.safetensors", "train-2.safetensors", "validation-0.safetensors"}
     assert run_script(tmp_path, *settings).count("is done already") == 2
 
 

@@ -8,9 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 
 References = Sequence[Sequence[str]]  # of each image, its reference captions
 Bigram = tuple[str, str]
@@ -106,36 +103,6 @@ def coco_metrics(predictions: Sequence[str], references: References) -> dict[str
     bleu, _ = Bleu(4).compute_score(expected, predicted, verbose=0)
     cider, _ = Cider().compute_score(expected, predicted)
     return {"bleu_4": float(bleu[3]), "cider": float(cider)}
-
-
-@torch.inference_mode()
-def nearest_captions(
-    features: Tensor, train_features: Tensor, train_captions: Sequence[str], batch_size: int = 256
-) -> list[str]:
-    r"""
-    The floor that a captioner must beat: for each image the caption of the training image that is most like it.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_images, num_tokens, width)`): Of the images to caption.
-        train_features (`torch.Tensor` of shape `(num_train_images, num_tokens, width)`): Of the training images.
-        train_captions (`Sequence[str]`): A caption of each training image.
-
-    Returns:
-        `list[str]`: the captions with the highest cosine similarity of mean tokens; the first of equals.
-    """
-    if len(train_features) != len(train_captions):
-        raise ValueError(
-            f"`train_features` and `train_captions` must be as many, got {len(train_features)} and "
-            f"{len(train_captions)}."
-        )
-
-    def direction(batch: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(batch.float().mean(1), dim=-1)
-
-    # In batches, since cached features may be larger than the memory.
-    keys = torch.cat([direction(batch) for batch in train_features.split(batch_size)])
-    nearest = torch.cat([(direction(batch) @ keys.T).argmax(-1) for batch in features.split(batch_size)])
-    return [train_captions[index] for index in nearest.tolist()]
 
 
 def _pairs(predictions: Sequence[str], references: References) -> list[tuple[str, Sequence[str]]]:

@@ -2,24 +2,27 @@
 """The command line that the comparing training scripts share."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
 CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
 
 
-def parse_comparison_args(description: str, example: str) -> argparse.Namespace:
+def parse_comparison_args(description: str, example: str, other_methods: Sequence[str] = ()) -> argparse.Namespace:
     r"""
     Args:
         description (`str`): Of the script, such as its docstring.
         example (`str`): A recipe to name in the help.
+        other_methods (`Sequence[str]`, *optional*): Methods beside the keys of `CORRUPTIONS`.
 
     Returns:
-        `argparse.Namespace`: `recipe`, `methods` (keys of `CORRUPTIONS`), `seeds`, `output_dir` and `set`.
+        `argparse.Namespace`: `recipe`, `methods`, `seeds`, `output_dir` and `set`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help=f"YAML file, such as {example}")
-    parser.add_argument("--methods", nargs="+", choices=list(CORRUPTIONS), default=["tdd"], help="what to train")
+    methods = [*CORRUPTIONS, *other_methods]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=["tdd"], help="what to train")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")

@@ -1,0 +1,152 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""What TDD's captions are compared with, beside MDD: an autoregressive captioner, and the floor."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration_tdd import TDDConfig
+from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel, check_label_range
+
+
+class AutoregressiveConfig(TDDConfig):
+    """Configuration of [`AutoregressiveCaptioner`]: TDD's, of which it reads what is not about diffusion."""
+
+    model_type = "autoregressive_captioner"
+    _auto_class: ClassVar[None] = None  # its checkpoints bring no code
+
+
+class AutoregressiveCaptioner(TDDPreTrainedModel):
+    r"""
+    Transformers' GPT-NeoX as a captioner: the image's prefix stands in front of the caption, as in LLaVA.
+
+    Encoder and connector are TDD's own, and so is the shape of its layers: GPT-NeoX without parallel residuals is
+    pre-norm, with biases and a two-layer feed-forward network. Of the same width and depth it lacks only what belongs
+    to diffusion. (A decoder with cross-attention would have layers half as large again, and it would need a narrower
+    or a shallower network to be of the same size.)
+
+    Args:
+        config ([`AutoregressiveConfig`]): With `vocab_size`, `pad_token_id` and `eos_token_id`.
+    """
+
+    config: AutoregressiveConfig
+    config_class = AutoregressiveConfig
+    _no_split_modules = ["GPTNeoXLayer"]
+
+    def __init__(self, config: AutoregressiveConfig):
+        super().__init__(config)
+        self.model = TDDModel(config, add_denoiser=False)
+        self.model.connector = TDDConnector(config, self.model.encoder_hidden_size)
+        self.decoder = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                intermediate_size=config.intermediate_size,
+                hidden_act=config.hidden_act,
+                hidden_dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+                layer_norm_eps=config.layer_norm_eps,
+                initializer_range=config.initializer_range,
+                tie_word_embeddings=config.tie_word_embeddings,
+                use_parallel_residual=False,
+                pad_token_id=config.pad_token_id,
+                eos_token_id=config.eos_token_id,
+                bos_token_id=None,  # the image is the beginning
+            )
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        labels: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        The loss of captions: the mean cross-entropy of their tokens and ends.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Captions with their `eos_token_id`. `pad_token_id` or -100 fills short ones.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images, as the image processor returns them.
+            image_features (`torch.FloatTensor`, *optional*):
+                In place of `pixel_values`: features of `model.get_image_features`.
+
+        Raises:
+            `ValueError`: for token ids out of range, or unless one of `pixel_values` and `image_features` is given.
+        """
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        tokens = labels.masked_fill(labels == -100, self.config.pad_token_id)
+        check_label_range(tokens, self.config.vocab_size)
+        inputs_embeds = torch.cat([prefix, self.decoder.get_input_embeddings()(tokens)], dim=1)
+        # The prefix is not predicted; its last place predicts the caption's first token.
+        targets = tokens.masked_fill(tokens == self.config.pad_token_id, -100)
+        targets = nn.functional.pad(targets, (prefix.shape[1], 0), value=-100)
+        return self.decoder(inputs_embeds=inputs_embeds, labels=targets, use_cache=False, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor:
+        r"""
+        Captions by greedy decoding.
+
+        Args:
+            pixel_values, image_features: As in [`~AutoregressiveCaptioner.forward`].
+            kwargs: Arguments of Transformers' `generate`, such as `num_beams`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, max_position_embeddings)`, padded behind the end.
+        """
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        length = self.config.max_position_embeddings
+        sequences = self.decoder.generate(
+            inputs_embeds=prefix,
+            attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
+            max_new_tokens=length,
+            **kwargs,
+        )
+        return nn.functional.pad(sequences, (0, length - sequences.shape[1]), value=self.config.pad_token_id)
+
+
+@torch.inference_mode()
+def nearest_captions(
+    features: Tensor, train_features: Tensor, train_captions: Sequence[str], batch_size: int = 256
+) -> list[str]:
+    r"""
+    The floor that a captioner must beat: for each image the caption of the training image that is most like it.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, num_tokens, width)`): Of the images to caption.
+        train_features (`torch.Tensor` of shape `(num_train_images, num_tokens, width)`): Of the training images.
+        train_captions (`Sequence[str]`): A caption of each training image.
+
+    Returns:
+        `list[str]`: the captions with the highest cosine similarity of mean tokens; the first of equals.
+    """
+    if len(train_features) != len(train_captions):
+        raise ValueError(
+            f"`train_features` and `train_captions` must be as many, got {len(train_features)} and "
+            f"{len(train_captions)}."
+        )
+
+    def direction(batch: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(batch.float().mean(1), dim=-1)
+
+    # In batches, since cached features may be larger than the memory.
+    keys = torch.cat([direction(batch) for batch in train_features.split(batch_size)])
+    nearest = torch.cat([(direction(batch) @ keys.T).argmax(-1) for batch in features.split(batch_size)])
+    return [train_captions[index] for index in nearest.tolist()]

@@ -1,0 +1,184 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Quality of captions against the number of denoising steps: result files side by side, as a table and as a plot."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..training.results import markdown_table, mean_and_spread
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS = ("exact_match", "token_f1", "stutter", "fluent")
+PLOTTED = {"exact_match": "exact match, %", "token_f1": "token F1, %"}
+# Okabe and Ito's colours, told apart by readers with any colour vision, less black and the yellow, too pale for lines.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#666666"
+LEVEL_STYLES = ("--", ":", "-.")
+
+
+class Line(NamedTuple):
+    """What a line of the plot and a row of the table share: all but the seed."""
+
+    method: str
+    noise_schedule: str | None
+    guidance_scale: float | None
+
+    @property
+    def label(self) -> str:
+        guidance = "" if self.guidance_scale in (None, 1) else f"guidance {self.guidance_scale:g}"
+        return ", ".join(part for part in (self.method, self.noise_schedule, guidance) if part)
+
+
+# Scores of a line: of each number of steps those of all seeds. The key is `None` for methods without steps.
+Scores = dict[int | None, list[float]]
+
+
+def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    r"""
+    Result files of captioning runs.
+
+    Args:
+        folders (`Iterable[Path]`): Of runs, each with a `result.json` and, but for methods without a model, a
+            checkpoint.
+
+    Returns:
+        `list[dict]`: of each run its result, and its `noise_schedule`, `None` for methods that do not denoise.
+
+    Raises:
+        `ValueError`: for a folder without a result, or two runs that differ in neither method, schedule nor seed: they
+            are no seeds of one another.
+    """
+    results: list[dict[str, Any]] = []
+    origin: dict[tuple, Path] = {}
+    for folder in folders:
+        if not (folder / "result.json").exists():
+            raise ValueError(f"{folder} has no result.json: give folders of finished runs.")
+        result = json.loads((folder / "result.json").read_text())
+        # Not of the recipe, which leaves defaults out: they may have changed since.
+        denoises = any("num_inference_steps" in entry for entry in result["scores"])
+        config = json.loads((folder / "config.json").read_text()) if denoises else {}
+        result["noise_schedule"] = config.get("noise_schedule")
+        key = (result["method"], result["noise_schedule"], result["seed"])
+        if key in origin:
+            raise ValueError(f"{origin[key]} and {folder} have the same method, schedule and seed: {key}.")
+        origin[key] = folder
+        results.append(result)
+    return results
+
+
+def splits_of(results: list[dict[str, Any]]) -> list[str]:
+    """The splits that any result has scores of, in their order."""
+    return list(dict.fromkeys(entry["split"] for result in results for entry in result["scores"]))
+
+
+def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> dict[Line, Scores]:
+    """A metric's scores on a split, by line and number of steps."""
+    lines: dict[Line, Scores] = {}
+    for result in results:
+        for entry in (entry for entry in result["scores"] if entry["split"] == split):
+            line = Line(result["method"], result["noise_schedule"], entry.get("guidance_scale"))
+            lines.setdefault(line, {}).setdefault(entry.get("num_inference_steps"), []).append(entry[metric])
+    return lines
+
+
+def score_table(results: list[dict[str, Any]], split: str) -> str:
+    """Scores in percent: a row a line and metric, a column a number of steps, and one for what iteration adds, the
+    most steps less the fewest. A model that ignores its noisy tokens gains nothing there. Methods without steps, if
+    any, have a last column of their own."""
+    lines = {metric: collect_scores(results, split, metric) for metric in METRICS}
+    counts = {count for scores in lines[METRICS[0]].values() for count in scores}
+    steps = sorted(counts - {None})
+    header = ["method", "schedule", "guidance", "metric", *(f"{count} step{'s' * (count > 1)}" for count in steps)]
+    header += [f"{steps[-1]} less {steps[0]}"] if steps else []
+    header += ["without steps"] if None in counts else []
+    rows = []
+    for line in lines[METRICS[0]]:
+        guidance = "" if line.guidance_scale is None else f"{line.guidance_scale:g}"
+        for metric in METRICS:
+            scores = lines[metric][line]
+            row = [line.method, line.noise_schedule or "", guidance, metric]
+            row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
+            if steps:
+                iterated = steps[0] in scores and steps[-1] in scores
+                gains = [last - first for last, first in zip(scores[steps[-1]], scores[steps[0]])] if iterated else []
+                row.append(mean_and_spread(gains) if gains else "")
+            if None in counts:
+                row.append(mean_and_spread(scores[None]) if None in scores else "")
+            rows.append(row)
+    return markdown_table(header, rows)
+
+
+def plot_scores(results: list[dict[str, Any]]) -> "Figure":
+    """Exact match and token F1 against the number of steps: a panel a split and metric, a line a [`Line`], its mean
+    and the standard deviation over seeds. Methods without steps are level lines in grey."""
+    from matplotlib.figure import Figure
+
+    splits = splits_of(results)
+    figure = Figure(figsize=(3.5 * len(splits) + 0.4, 5.6), layout="constrained")
+    grid = figure.subplots(len(PLOTTED), len(splits), squeeze=False)
+    styles = _line_styles(results, splits)
+    for panels, (metric, name) in zip(grid, PLOTTED.items()):
+        panels[0].set_ylabel(name)
+        for axes, split in zip(panels, splits):
+            _plot_panel(axes, collect_scores(results, split, metric), styles)
+    for axes, split in zip(grid[0], splits):
+        axes.set_title(split, fontsize=11)
+    for axes in grid[-1]:
+        axes.set_xlabel("denoising steps")
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    columns = min(2 * len(splits), len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
+    return figure
+
+
+def _line_styles(results: list[dict[str, Any]], splits: list[str]) -> dict[Line, dict[str, Any]]:
+    """One look a line in all panels, whether or not each has all lines."""
+    metric = next(iter(PLOTTED))
+    lines = {
+        line: None in scores for split in splits for line, scores in collect_scores(results, split, metric).items()
+    }
+    curves = [line for line, level in lines.items() if not level]
+    levels = [line for line, level in lines.items() if level]
+    rounds = len(COLORS)
+    styles: dict[Line, dict[str, Any]] = {}
+    for index, line in enumerate(curves):
+        marker = MARKERS[(index + index // rounds) % len(MARKERS)]  # another one when the colours begin again
+        styles[line] = {"color": COLORS[index % rounds], "marker": marker, "markersize": 5, "linewidth": 1.6}
+    for index, line in enumerate(levels):
+        styles[line] = {"color": GREY, "linestyle": LEVEL_STYLES[index % len(LEVEL_STYLES)], "linewidth": 1.3}
+    return styles
+
+
+def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict[str, Any]]) -> None:
+    for line, scores in lines.items():
+        style = styles[line]
+        if None in scores:
+            mean, spread = _mean_and_deviation(scores[None])
+            axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+            axes.axhline(mean, label=line.label, **style)
+            continue
+        counts = sorted(scores)
+        means, spreads = zip(*(_mean_and_deviation(scores[count]) for count in counts))
+        low, high = [m - s for m, s in zip(means, spreads)], [m + s for m, s in zip(means, spreads)]
+        axes.fill_between(counts, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(counts, means, label=line.label, **style)
+    steps = sorted({count for scores in lines.values() for count in scores if count is not None})
+    axes.set_xscale("log")
+    axes.set_xticks(steps, [str(count) for count in steps])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """In percent; the deviation of a single value is 0."""
+    return 100 * statistics.fmean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0
