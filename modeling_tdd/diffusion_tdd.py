@@ -16,6 +16,13 @@ from torch import Tensor
 from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STRATEGIES, check_choice, check_range
 
 
+# Noise on visible tokens, as a share of T, where tokens have timesteps of their own: at most what leaves a token to be
+# doubted (docs/decisions.md, 12 and 13), in training and on one that the sampler has settled on, and hardly any on one
+# that was given.
+SETTLED_TIMESTEP = 0.3
+GIVEN_TIMESTEP = 0.02
+
+
 # ---- Schedules
 
 
@@ -166,7 +173,7 @@ def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps:
 def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> Tensor:
     r"""
     Gives the tokens of a sequence timesteps of their own, around the sequence's t: with chance t / T a token is at T,
-    pure noise; else its timestep is uniform over 1 ... T.
+    pure noise; else its timestep is uniform over 1 ... 0.3 T.
 
     Where all tokens share t, each can be read off its own noisy vector about as well as off its neighbours', and the
     loss is lowest for a network that reads just that. A token at T can only be learned from the image and from what
@@ -182,7 +189,8 @@ def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> T
     """
     shape = (len(timesteps), num_tokens)
     is_hidden = torch.rand(shape, device=timesteps.device) * num_timesteps < timesteps[:, None]
-    visible = torch.randint(1, num_timesteps + 1, shape, device=timesteps.device)
+    highest_visible = max(1, round(SETTLED_TIMESTEP * num_timesteps))
+    visible = torch.randint(1, highest_visible + 1, shape, device=timesteps.device)
     return torch.where(is_hidden, num_timesteps, visible)
 
 
@@ -250,12 +258,6 @@ def to_one(logits: Tensor, sampling_strategy: str = "argmax", uniform: Tensor | 
     cumulative = logits.float().softmax(-1).cumsum(-1)
     # Scaled by the last entry, so that rounding never leaves a draw beyond the last category.
     return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-
-
-# Noise that the "confidence" sampler leaves on a token, as a share of T: on one that it has settled on, enough to be
-# doubted (docs/decisions.md, 12), and hardly any on one that was given.
-SETTLED_TIMESTEP = 0.3
-GIVEN_TIMESTEP = 0.02
 
 
 # ---- Corruptions: TDD's Gaussian noise and MDD's masks, one interface

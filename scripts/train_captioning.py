@@ -175,8 +175,8 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
     )
     scores = [
         {"split": split, **settings, **score(model, split, **settings)}
-        for split in loaders
-        for settings in (recipe.evaluation.grid() if method in CORRUPTIONS else [{}])
+        for index, split in enumerate(loaders)
+        for settings in (recipe.evaluation.grid(index == 0) if method in CORRUPTIONS else [{}])
     ]
     if accelerator.is_main_process:
         save_checkpoint(folder, model, processor)

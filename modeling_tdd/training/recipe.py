@@ -142,17 +142,27 @@ class EvaluationRecipe:
 
 @dataclass
 class CaptionEvaluationRecipe:
-    """The grid of the final table: denoising steps by guidance scales. Guidance 1.0 is none."""
+    r"""
+    The grid of the final table: denoising steps by guidance scales.
+
+    Args:
+        num_inference_steps (`list[int]`): Numbers of steps to compare.
+        guidance_scale (`list[float]`): Guidance scales to compare. 1.0 is none.
+        test_inference_steps (`list[int]`, *optional*):
+            Numbers of steps for all splits but the first, which are compared where the choice is made.
+    """
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])
+    test_inference_steps: list[int] | None = None
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Arguments of `generate`, a dictionary a cell of the table."""
+    def grid(self, is_first_split: bool = True) -> list[dict[str, Any]]:
+        """Arguments of `generate`, a dictionary a cell of a split's table."""
+        test_steps = None if is_first_split else self.test_inference_steps
         return [
             {"num_inference_steps": steps, "guidance_scale": scale}
             for scale in self.guidance_scale
-            for steps in self.num_inference_steps
+            for steps in test_steps or self.num_inference_steps
         ]
 
 
