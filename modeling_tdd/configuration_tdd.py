@@ -212,6 +212,8 @@ class TDDConfig(PreTrainedConfig):
     def validate_diffusion(self):
         """Part of `@strict`: checks the diffusion process and its training."""
         check_range("num_timesteps", self.num_timesteps, 1)
+        # A label is one token: there is no regression, and no set of labels
+        check_choice("problem_type", self.problem_type, (None, "single_label_classification"))
         check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
         check_choice("corruption", self.corruption, CORRUPTIONS)
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)

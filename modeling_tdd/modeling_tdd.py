@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
@@ -210,7 +210,11 @@ class TDDConnector(nn.Module):
 
 
 class TDDLayer(GradientCheckpointingLayer):
-    """A pre-norm Transformer layer; it returns its keys and values, for a prefix to be read by the noisy tokens."""
+    """A pre-norm Transformer layer; it returns its keys and values, for a prefix to be read by the noisy tokens.
+
+    Tensors go in and out one by one: reentrant gradient checkpointing finds none within a tuple, and would silently
+    cut the gradient of prefix and encoder.
+    """
 
     def __init__(self, config: TDDConfig):
         super().__init__()
@@ -223,21 +227,22 @@ class TDDLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        prefix_key_value: tuple[Tensor, Tensor] | None = None,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
         attention_mask: Tensor | None = None,
         key_value_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.layernorm_before(hidden_states)
-        key_value = self.attention.key_value(normed)
+        key, value = self.attention.key_value(normed)
         if key_value_only:  # the last layer's view of the prefix: nothing reads more of it
-            return hidden_states, key_value
-        if prefix_key_value is not None:
-            key_value = tuple(torch.cat(pair, dim=2) for pair in zip(prefix_key_value, key_value))
-        attended, _ = self.attention(normed, key_value, attention_mask, **kwargs)
+            return hidden_states, key, value
+        if prefix_key is not None:
+            key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+        attended, _ = self.attention(normed, (key, value), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, key_value
+        return hidden_states, key, value
 
 
 class TDDTimestepEmbedding(nn.Module):
@@ -277,6 +282,19 @@ class TDDPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
     # Our losses are means over a batch: Trainer must average them over accumulation steps itself.
     accepts_loss_kwargs = False
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in Transformers, for captions.
+
+        Raises:
+            `ValueError`: for a classifier, whose tokens are its labels.
+        """
+        if new_num_tokens is not None and self.config.vocab_size is None:
+            raise ValueError(
+                "The tokens of a classifier are its labels. To change their number, load it with "
+                f"`from_pretrained(..., num_labels={new_num_tokens}, ignore_mismatched_sizes=True)`."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -427,8 +445,8 @@ class TDDDenoiser(TDDPreTrainedModel):
         key_values = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            prefix, key_value = layer(prefix, None, attention_mask, key_value_only=is_last, **kwargs)
-            key_values.append(key_value)
+            prefix, key, value = layer(prefix, None, None, attention_mask, key_value_only=is_last, **kwargs)
+            key_values.append((key, value))
         return tuple(key_values)
 
     @merge_with_config_defaults
@@ -464,8 +482,8 @@ class TDDDenoiser(TDDPreTrainedModel):
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
-        for layer, prefix_key_value in zip(self.layers, prefix_key_values):
-            hidden_states, _ = layer(hidden_states, prefix_key_value, attention_mask, **kwargs)
+        for layer, (prefix_key, prefix_value) in zip(self.layers, prefix_key_values):
+            hidden_states, _, _ = layer(hidden_states, prefix_key, prefix_value, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -533,17 +551,22 @@ class TDDModel(TDDPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.denoiser.token_embedding = value
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         r"""
-        The condition c of Section 3.3.
+        Encodes images.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images, as the image processor returns them.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, prefix_length, encoder_hidden_size)`; `prefix_length` is 1 where
-            `config.pooling` pools.
+            [`~modeling_outputs.BaseModelOutputWithPooling`]: the encoder's tokens as `last_hidden_state`, of shape
+            `(batch_size, num_tokens, encoder_hidden_size)`, its hidden states and attentions where asked for, and the
+            condition c of Section 3.3 as `pooler_output`, of shape
+            `(batch_size, prefix_length, encoder_hidden_size)`; `prefix_length` is 1 where `config.pooling` pools.
 
         Raises:
             `ValueError`: for a wrong number of dimensions or channels and, in training mode, for pixels that are not
@@ -551,15 +574,22 @@ class TDDModel(TDDPreTrainedModel):
         """
         self._check_pixels(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            tokens = self.encoder(pixel_values).last_hidden_state
+            outputs = self.encoder(pixel_values, **kwargs)
+        tokens = outputs.last_hidden_state
         if tokens.ndim == 4:  # a convolutional map; timm has encoders with channels first and last
             channels_last = tokens.shape[-1] == self.encoder_hidden_size
             tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
+        features = tokens
         if self.config.pooling == "cls":
-            return tokens[:, :1]
-        if self.config.pooling == "mean":
-            return tokens[:, self.num_special_tokens :].mean(dim=1, keepdim=True)
-        return tokens
+            features = tokens[:, :1]
+        elif self.config.pooling == "mean":
+            features = tokens[:, self.num_special_tokens :].mean(dim=1, keepdim=True)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=features,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         if pixel_values is None:
@@ -575,12 +605,13 @@ class TDDModel(TDDPreTrainedModel):
             raise ValueError(f"`pixel_values` must be finite, got NaN or infinity in the images {bad} of the batch.")
 
     def get_prefix(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
-        """The denoiser's prefix of shape `(batch_size, prefix_length, hidden_size)`, from images or from features of
-        [`~TDDModel.get_image_features`]."""
+        """The denoiser's prefix of shape `(batch_size, prefix_length, hidden_size)`, from images or from the
+        `pooler_output` of [`~TDDModel.get_image_features`]."""
         if (pixel_values is None) == (image_features is None):
             raise ValueError("Give either `pixel_values` or `image_features`, and not both.")
-        features = self.get_image_features(pixel_values) if image_features is None else image_features
-        return self.connector(features.to(self.connector.layernorm.weight.dtype))
+        if image_features is None:
+            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        return self.connector(image_features.to(self.connector.layernorm.weight.dtype))
 
     @can_return_tuple
     def forward(
@@ -605,7 +636,7 @@ class TDDModel(TDDPreTrainedModel):
             prefix_key_values (`tuple`, *optional*):
                 The images' keys and values from an earlier output, in place of `pixel_values`.
             image_features (`torch.FloatTensor`, *optional*):
-                In place of `pixel_values`: features of [`~TDDModel.get_image_features`].
+                In place of `pixel_values`: the `pooler_output` of [`~TDDModel.get_image_features`].
 
         Raises:
             `ValueError`: unless one of `pixel_values`, `image_features` and `prefix_key_values` is given, or as in
@@ -616,7 +647,7 @@ class TDDModel(TDDPreTrainedModel):
         if sum(given is not None for given in (pixel_values, image_features, prefix_key_values)) != 1:
             raise ValueError("Give one of `pixel_values`, `image_features` and `prefix_key_values`.")
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values)
+            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         if image_features is not None:
             prefix_key_values = self.denoiser.encode_prefix(self.get_prefix(image_features=image_features))
         key = prefix_key_values[0][0]
@@ -818,7 +849,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 sampling_strategy=sampling_strategy,
                 num_noise_samples=num_noise_samples,
             )
-        features = self.model.get_image_features(pixel_values)
+        features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
         if labels is not None:
             self._check_labels(labels, features.shape[0])
         if self.model.denoiser is None:
@@ -979,7 +1010,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Captions with their `eos_token_id`, of at most N tokens. `pad_token_id` or -100 fills short ones.
             image_features (`torch.FloatTensor`, *optional*):
-                In place of `pixel_values`: features of `model.get_image_features`, such as those cached on disc.
+                In place of `pixel_values`: the `pooler_output` of `model.get_image_features`, such as one from disc.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`, *optional*):
                 Without `labels`: y_t W. Pure noise by default.
             timesteps (`torch.LongTensor`, *optional*):

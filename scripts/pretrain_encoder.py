@@ -65,7 +65,7 @@ class WordClassifier(nn.Module):
         self.head.bias.data.copy_(torch.logit(frequencies))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.head(self.model.get_image_features(pixel_values)[:, 0])
+        logits = self.head(self.model.get_image_features(pixel_values).pooler_output[:, 0])
         loss = None
         if labels is not None:  # a sum over the words: a mean would drown the few that apply
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()

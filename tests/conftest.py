@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 INITIALIZER_RANGE = 0.2
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--transformers-src", help="source tree of Transformers, for the tests in tests/common")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -199,7 +199,7 @@ def test_image_features_stand_in_for_pixel_values(
 ) -> None:
     model = make_captioner(corruption=corruption, condition_dropout=0.0)
     with torch.no_grad():
-        features = model.model.get_image_features(pixel_values)
+        features = model.model.get_image_features(pixel_values).pooler_output
         assert features.shape == (4, 17, 32)
         fixed = draw_fixed(model)
         expected = model(pixel_values, captions, **fixed).loss
@@ -333,7 +333,7 @@ def test_from_a_pretrained_encoder(make_captioner: MakeCaptioner, pixel_values: 
     ).eval()  # fmt: skip
     with torch.no_grad():
         expected = encoder(pixel_values).last_hidden_state
-        torch.testing.assert_close(model.model.get_image_features(pixel_values), expected)
+        torch.testing.assert_close(model.model.get_image_features(pixel_values).pooler_output, expected)
     assert not any(parameter.requires_grad for parameter in model.model.encoder.parameters())
 
 

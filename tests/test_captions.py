@@ -242,7 +242,7 @@ def pictures() -> Dataset:
 def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path, dtype):
     pixel_values = processor([row["image"] for row in pictures], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        expected = encoder.eval().get_image_features(pixel_values)
+        expected = encoder.eval().get_image_features(pixel_values).pooler_output
     encoder.train()
     for _ in range(2):  # made, then read
         features = cache_features(encoder, processor, pictures, tmp_path / "deep/f.safetensors", 2, dtype)
@@ -390,4 +390,6 @@ def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
     expected = AutoModel.from_pretrained(folder).eval()(pixel_values).last_hidden_state
     assert expected.shape == (1, 16, 8, 8)
     model = TDDModel.from_encoder_pretrained(folder, pooling=None, hidden_size=32, num_attention_heads=2).eval()
-    torch.testing.assert_close(model.get_image_features(pixel_values), expected.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(
+        model.get_image_features(pixel_values).pooler_output, expected.flatten(2).transpose(1, 2)
+    )

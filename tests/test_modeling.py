@@ -342,11 +342,13 @@ def test_prefix_key_values_stand_in_for_pixel_values(make_config: MakeConfig, pi
 
 def test_pooling(make_config: MakeConfig, pixel_values: Tensor) -> None:
     model = TDDModel(make_config(pooling=None)).eval()
-    tokens = model.get_image_features(pixel_values)
+    tokens = model.get_image_features(pixel_values).pooler_output
     model.config.pooling = "cls"
-    torch.testing.assert_close(model.get_image_features(pixel_values), tokens[:, :1])
+    torch.testing.assert_close(model.get_image_features(pixel_values).pooler_output, tokens[:, :1])
     model.config.pooling = "mean"
-    torch.testing.assert_close(model.get_image_features(pixel_values), tokens[:, 1:].mean(1, keepdim=True))
+    torch.testing.assert_close(
+        model.get_image_features(pixel_values).pooler_output, tokens[:, 1:].mean(1, keepdim=True)
+    )
 
 
 def test_pooling_of_a_convolutional_map(make_config: MakeConfig) -> None:
@@ -354,7 +356,7 @@ def test_pooling_of_a_convolutional_map(make_config: MakeConfig) -> None:
     images = torch.randn(2, 3, 64, 64)
     feature_map = model.encoder(images).last_hidden_state
     assert feature_map.ndim == 4
-    torch.testing.assert_close(model.get_image_features(images)[:, 0], feature_map.mean((2, 3)))
+    torch.testing.assert_close(model.get_image_features(images).pooler_output[:, 0], feature_map.mean((2, 3)))
 
 
 # ---- Classification

@@ -61,8 +61,8 @@ def cache_features(
     dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     r"""
-    What [`TDDModel.get_image_features`] returns for each image of a data set, read from `path` or, where that file was
-    made by another encoder, image processor or data set, or is not there, computed and written to it.
+    The `pooler_output` of [`TDDModel.get_image_features`] for each image of a data set, read from `path` or, where that
+    file was made by another encoder, image processor or data set, or is not there, computed and written to it.
 
     The file is written batch by batch and moved into place when it is whole; the tensor returned is mapped from it, so
     neither has to fit into memory. Of several processes let the first write it (`accelerator.main_process_first()`).
@@ -145,7 +145,8 @@ def _write(
         with open(temporary, "wb") as file:
             loader = DataLoader(dataset.select_columns("image"), batch_size=batch_size, collate_fn=collate)
             for index, pixel_values in enumerate(tqdm(loader, desc=f"features for {path.name}")):
-                features = model.get_image_features(pixel_values.to(model.device, model.dtype)).to("cpu", dtype)
+                features = model.get_image_features(pixel_values.to(model.device, model.dtype)).pooler_output
+                features = features.to("cpu", dtype)
                 if index == 0:
                     file.write(_header(fingerprint, (len(dataset), *features.shape[1:]), dtype))
                 file.write(features.contiguous().numpy().tobytes())
