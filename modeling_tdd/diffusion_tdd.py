@@ -70,7 +70,8 @@ def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale
     return torch.cat([torch.ones(1, dtype=torch.float64), squared / (1 + squared)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result
 def alpha_bar_schedule(
     noise_schedule: str,
     num_timesteps: int,
@@ -133,7 +134,8 @@ def alpha_bar_schedule(
         return alpha_bar.clamp(0, 1).float()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result
 def visibility_schedule(
     noise_schedule: str, num_timesteps: int, num_categories: int, one_hot_scale: float = 1.0
 ) -> Tensor:

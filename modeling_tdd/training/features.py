@@ -61,8 +61,8 @@ def cache_features(
     dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     r"""
-    The `pooler_output` of [`TDDModel.get_image_features`] for each image of a data set, read from `path` or, where that
-    file was made by another encoder, image processor or data set, or is not there, computed and written to it.
+    The `pooler_output` of [`TDDModel.get_image_features`] for each image of a data set, read from `path` or, where
+    that file was made by another encoder, image processor or data set, or is not there, computed and written to it.
 
     The file is written batch by batch and moved into place when it is whole; the tensor returned is mapped from it, so
     neither has to fit into memory. Of several processes let the first write it (`accelerator.main_process_first()`).

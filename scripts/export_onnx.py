@@ -1,0 +1,156 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Writes a checkpoint as two ONNX graphs, and checks that they compute what the model does.
+
+`encoder.onnx` makes an image's keys and values, once an image. `denoiser_step.onnx` makes scores of clean tokens from
+noisy embeddings, timesteps and these keys and values, once a step. Guidance calls it twice, the second time with the
+keys and values of the null condition, which `null_condition.safetensors` holds. The loop around the step, drawing
+noise and re-noising, is left to the caller.
+
+    python scripts/export_onnx.py CHECKPOINT --output FOLDER
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import AutoConfig
+
+from modeling_tdd import TDDForCaptioning, TDDForImageClassification
+
+
+TOLERANCE = 1e-4
+
+
+class PrefixEncoder(nn.Module):
+    """From images to the keys and values of their prefix: key and value of the first layer, of the second, ..."""
+
+    def __init__(self, model: TDDForCaptioning | TDDForImageClassification):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        key_values = self.model.denoiser.encode_prefix(self.model.get_prefix(pixel_values))
+        return tuple(tensor for pair in key_values for tensor in pair)
+
+
+class DenoiserStep(nn.Module):
+    """From noisy embeddings of shape (rows, N, d), timesteps (rows, N) and keys and values to scores (rows, N, K)."""
+
+    def __init__(self, model: TDDForCaptioning | TDDForImageClassification):
+        super().__init__()
+        self.denoiser = model.model.denoiser
+        self.head = model.get_output_embeddings()
+
+    def forward(self, inputs_embeds: Tensor, timesteps: Tensor, key_values: list[Tensor]) -> Tensor:
+        pairs = tuple(zip(key_values[0::2], key_values[1::2]))
+        return self.head(self.denoiser(inputs_embeds, timesteps, pairs).last_hidden_state)
+
+
+def load_model(checkpoint: str) -> TDDForCaptioning | TDDForImageClassification:
+    """The checkpoint's model, in float32.
+
+    Raises:
+        `ValueError`: for MDD's classifier, which has no denoiser.
+    """
+    is_captioner = AutoConfig.from_pretrained(checkpoint).vocab_size is not None
+    model_class = TDDForCaptioning if is_captioner else TDDForImageClassification
+    model = model_class.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    if model.model.denoiser is None:
+        raise ValueError(f"{checkpoint} is a linear head on an encoder and has no denoising step to export.")
+    return model
+
+
+def sample_inputs(model: TDDForCaptioning | TDDForImageClassification, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random images, noisy embeddings and timesteps."""
+    config, vision = model.config, model.config.vision_config
+    size = getattr(vision, "image_size", None) or vision.pretrained_cfg["input_size"][-1]
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(rows)
+    places = config.max_position_embeddings
+    return (
+        torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator),
+        torch.randn(rows, places, config.hidden_size, generator=generator),
+        torch.randint(1, config.num_timesteps + 1, (rows, places), generator=generator),
+    )
+
+
+@torch.no_grad()
+def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Path) -> float:
+    """Writes the graphs and returns the largest difference from the model, over batches of another size than the one
+    that was traced.
+
+    Raises:
+        `RuntimeError`: if a graph differs by more than 1e-4; nothing is written then.
+    """
+    encoder, step = PrefixEncoder(model).eval(), DenoiserStep(model).eval()
+    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows=2)
+    key_values = list(encoder(pixel_values))
+    names = [f"{name}_{layer}" for layer in range(len(key_values) // 2) for name in ("prefix_key", "prefix_value")]
+    rows = {0: Dim("rows")}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        torch.onnx.export(
+            encoder,
+            (pixel_values,),
+            folder / "encoder.onnx",
+            input_names=["pixel_values"],
+            output_names=names,
+            dynamic_shapes=(rows,),
+            dynamo=True,
+            verbose=False,
+        )
+        torch.onnx.export(
+            step,
+            (inputs_embeds, timesteps, key_values),
+            folder / "denoiser_step.onnx",
+            input_names=["inputs_embeds", "timesteps", *names],
+            output_names=["logits"],
+            dynamic_shapes=(rows, rows, [rows] * len(names)),
+            dynamo=True,
+            verbose=False,
+        )
+        denoiser = model.model.denoiser
+        null_condition = [tensor for pair in denoiser.encode_prefix(denoiser.null_prefix) for tensor in pair]
+        save_file(
+            {name: tensor.contiguous() for name, tensor in zip(names, null_condition)},
+            folder / "null_condition.safetensors",
+        )
+        difference = max(compare(model, folder, names, rows=rows) for rows in (1, 3))
+        if difference > TOLERANCE:
+            raise RuntimeError(f"The ONNX graphs differ from the model by {difference:.1e}, more than {TOLERANCE}.")
+        shutil.rmtree(output, ignore_errors=True)
+        folder.rename(output)
+    return difference
+
+
+def compare(model: TDDForCaptioning | TDDForImageClassification, folder: Path, names: list[str], rows: int) -> float:
+    """The largest difference between graphs and model, in scores, keys and values."""
+    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows)
+    expected = list(PrefixEncoder(model)(pixel_values))
+    expected.append(DenoiserStep(model)(inputs_embeds, timesteps, expected))
+    made = onnxruntime.InferenceSession(folder / "encoder.onnx").run(names, {"pixel_values": pixel_values.numpy()})
+    inputs = {"inputs_embeds": inputs_embeds.numpy(), "timesteps": timesteps.numpy(), **dict(zip(names, made))}
+    made += onnxruntime.InferenceSession(folder / "denoiser_step.onnx").run(["logits"], inputs)
+    return max(float(np.abs(array - tensor.numpy()).max()) for array, tensor in zip(made, expected, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id of a classifier or captioner")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, replaced where it exists")
+    arguments = parser.parse_args()
+    difference = export_onnx(load_model(arguments.checkpoint), arguments.output)
+    print(f"wrote {arguments.output}: largest difference from the model {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
