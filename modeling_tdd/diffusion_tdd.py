@@ -7,7 +7,7 @@ to a noisy one-hot vector, lambda the one-hot scale.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,7 +70,7 @@ def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale
     return torch.cat([torch.ones(1, dtype=torch.float64), squared / (1 + squared)])
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.compiler.assume_constant_result
 def alpha_bar_schedule(
     noise_schedule: str,
@@ -134,7 +134,7 @@ def alpha_bar_schedule(
         return alpha_bar.clamp(0, 1).float()
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.compiler.assume_constant_result
 def visibility_schedule(
     noise_schedule: str, num_timesteps: int, num_categories: int, one_hot_scale: float = 1.0

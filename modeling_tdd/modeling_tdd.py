@@ -274,7 +274,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TDDLayer"]
+    _no_split_modules = ["TDDDenoiser"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

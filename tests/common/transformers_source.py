@@ -5,7 +5,10 @@ A source distribution holds the mixins and not the folders beside them, and a gi
 so what the mixins import from those folders is replaced here, whichever of the two is given.
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,9 +71,26 @@ def install(source: Path) -> None:
 
     for mapping, name in NAMES.items():
         getattr(modeling_auto, mapping)["tdd"] = name
-    # The mixins would import Transformers a second time, from the tree, in place of the installed one.
-    with mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+    with installed_transformers():
         import tests.test_configuration_common  # noqa: F401
         import tests.test_image_processing_common  # noqa: F401
         import tests.test_modeling_common  # noqa: F401
         import tests.test_processing_common  # noqa: F401
+
+
+@contextmanager
+def installed_transformers() -> Iterator[None]:
+    """The mixins would import Transformers a second time, from the tree, in place of the installed one."""
+    with mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+        yield
+
+
+def load_pipeline_mixin(tiny_models: Path, **test_classes: type) -> type:
+    """PipelineTesterMixin, which reads its checkpoints from a folder, and for each task a class that it calls."""
+    provide("tests.pipelines", __path__=[])
+    for task, test_class in test_classes.items():
+        provide(f"tests.pipelines.test_pipelines_{task}", **{test_class.__name__: test_class})
+    os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(tiny_models)
+    with installed_transformers():
+        from tests.test_pipeline_mixin import PipelineTesterMixin
+    return PipelineTesterMixin
