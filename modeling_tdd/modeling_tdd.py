@@ -365,6 +365,8 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._cached_factor: tuple[tuple, Tensor] | None = None
+        # Both are cached for all models: a first call within `torch.export` would keep the tracer's fake tensors
+        _ = self.alpha_bar, self.visibility
         self.post_init()
 
     @property
@@ -391,8 +393,14 @@ class TDDDenoiser(TDDPreTrainedModel):
         ).to(self.null_prefix.device)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
-        """The diffusion process over this denoiser's token embeddings, as they are now."""
+        """The diffusion process over this denoiser's token embeddings, as they are now.
+
+        Raises:
+            `ValueError`: if they are offloaded: Accelerate brings weights back for a module's `forward` alone.
+        """
         config, weight = self.config, self.token_embedding.weight
+        if weight.is_meta and hasattr(self.token_embedding, "_hf_hook"):
+            raise ValueError("`model.denoiser` cannot be offloaded: keep it on one device in `device_map`.")
         alpha_bar = self.alpha_bar
         if config.corruption == "mask":
             return MaskCorruption(weight, self.mask_embedding, alpha_bar, config.loss_weighting)
