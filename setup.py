@@ -1,4 +1,4 @@
-"""Package metadata. Extras: `train` to train, `eval` for COCO's metrics, `test` to run the tests."""
+"""Package metadata. Extras: `train` to train, `eval` for COCO's metrics, `deploy` for ONNX and int8, `test` to run the tests."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,8 @@ TRAIN = [
 ]
 EVAL = ["pycocoevalcap>=1.2"]
 DEMO = ["matplotlib>=3.8"]
-TEST = [*TRAIN, *EVAL, *DEMO, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
+DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.15"]
+TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
 
 setup(
     name="modeling_tdd",
@@ -39,7 +40,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.20,<6",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO, "deploy": DEPLOY},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -246,7 +246,10 @@ class TDDLayer(GradientCheckpointingLayer):
 
 
 class TDDTimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (...) -> (..., hidden_size)."""
+    """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (...) -> (..., hidden_size).
+
+    `dtype` is the network's; its weights do not say, where they are quantised.
+    """
 
     frequency_size = 256
     max_period = 10_000
@@ -257,12 +260,12 @@ class TDDTimestepEmbedding(nn.Module):
         self.scale = 1000 / config.num_timesteps
         self.mlp = TDDMLP(self.frequency_size, config.hidden_size, config.hidden_size, "silu")
 
-    def forward(self, timesteps: Tensor) -> Tensor:
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.frequency_size // 2
         exponent = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
         angles = self.scale * timesteps[..., None].float() * torch.exp(-math.log(self.max_period) * exponent)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoids.to(self.mlp.fc1.weight.dtype))
+        return self.mlp(sinusoids.to(dtype))
 
 
 class TDDPreTrainedModel(PreTrainedModel):
@@ -484,7 +487,8 @@ class TDDDenoiser(TDDPreTrainedModel):
         if (visibility := self.visibility) is not None:
             # Noise as large as a token would drown position and condition: an input counts by what it says.
             hidden_states = hidden_states * visibility[timesteps][..., None].to(hidden_states.dtype)
-        hidden_states = hidden_states + self.position_embeddings[:num_tokens] + self.time_embedding(timesteps)
+        hidden_states = hidden_states + self.position_embeddings[:num_tokens]
+        hidden_states = hidden_states + self.time_embedding(timesteps, self.position_embeddings.dtype)
         attention_mask = None
         if prefix_mask is not None:
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)

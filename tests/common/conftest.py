@@ -8,6 +8,7 @@ import transformers_source
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "is_pipeline_test: of Transformers")
     source = config.getoption("--transformers-src")
     if source is not None:
         transformers_source.install(Path(source))
