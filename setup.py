@@ -1,4 +1,4 @@
-"""Package metadata. Extras: `train` to train, `eval` for COCO's metrics, `deploy` for ONNX and int8, `test` for the tests."""
+"""Package metadata. Extras: `train`, `eval` for COCO's metrics, `deploy` for ONNX and int8, `demo` for plots, `test`."""
 
 import re
 from pathlib import Path
