@@ -1,4 +1,4 @@
-"""Package metadata. Extras: `train`, `eval` for COCO's metrics, `deploy` for ONNX and int8, `demo` for plots, `test`."""
+"""Package metadata. Extras: `train`, `eval` (COCO's metrics), `demo` (plots), `deploy` (ONNX, int8) and `test`."""
 
 import re
 from pathlib import Path
