@@ -50,7 +50,8 @@ def write_tiny_models(folder: Path) -> None:
     fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=8
     )
-    image_processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    # The mixin loads one for every model of a type
+    processor = TDDProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), fast_tokenizer)
     captions = {
         "vocab_size": len(WORDS),
         "max_position_embeddings": 8,
@@ -65,10 +66,8 @@ def write_tiny_models(folder: Path) -> None:
         TDDForCaptioning(TDDConfig(**SIZES, **captions)),
     ):
         name = type(model).__name__
-        processor: Any = image_processor
         summary[name] = {"tokenizer_classes": [], "processor_classes": ["ViTImageProcessor"]}
         if name == "TDDForCaptioning":
-            processor = TDDProcessor(image_processor, fast_tokenizer)
             summary[name]["tokenizer_classes"] = ["PreTrainedTokenizerFast"]
         model.save_pretrained(folder / "tdd" / name)
         processor.save_pretrained(folder / "tdd" / name)
@@ -86,7 +85,9 @@ def random_images() -> list[Image.Image]:
 class ImageClassificationPipelineTests(unittest.TestCase):
     """Called by the mixin."""
 
-    def get_test_pipeline(self, model: Any, tokenizer: Any, image_processor: Any, dtype: str) -> tuple[Pipeline, list]:
+    def get_test_pipeline(
+        self, model: Any, *unused: Any, image_processor: Any, dtype: str, **others: Any
+    ) -> tuple[Pipeline, list]:
         made = pipeline("image-classification", model=model, image_processor=image_processor, dtype=dtype, top_k=2)
         return made, random_images()
 
@@ -100,7 +101,9 @@ class ImageClassificationPipelineTests(unittest.TestCase):
 class ImageFeatureExtractionPipelineTests(unittest.TestCase):
     """Called by the mixin."""
 
-    def get_test_pipeline(self, model: Any, tokenizer: Any, image_processor: Any, dtype: str) -> tuple[Pipeline, list]:
+    def get_test_pipeline(
+        self, model: Any, *unused: Any, image_processor: Any, dtype: str, **others: Any
+    ) -> tuple[Pipeline, list]:
         made = pipeline("image-feature-extraction", model=model, image_processor=image_processor, dtype=dtype)
         return made, random_images()
 
@@ -112,7 +115,7 @@ class ImageTextToTextPipelineTests(unittest.TestCase):
     """Called by the mixin."""
 
     def get_test_pipeline(
-        self, model: Any, tokenizer: Any, image_processor: Any, processor: Any, dtype: str
+        self, model: Any, *unused: Any, processor: Any, dtype: str, **others: Any
     ) -> tuple[Pipeline, list]:
         made = pipeline("image-text-to-text", model=model, processor=processor, dtype=dtype, max_new_tokens=4)
         return made, [{"images": image, "text": "a photo of"} for image in random_images()]

@@ -2,6 +2,7 @@
 """Transformers' ProcessorTesterMixin on the captioner's processor. Its image processor is Transformers' own."""
 
 import unittest
+from unittest import mock
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
@@ -20,6 +21,16 @@ WORDS = ["[PAD]", "[UNK]", "[EOS]", "[MASK]", "lower", "newer", "upper", "older"
 
 class TDDProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = TDDProcessor
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # Within Transformers no code, and so no `auto_map`, is saved with a processor
+        cls.enterClassContext(mock.patch.object(TDDProcessor, "_auto_class", None))
+        super().setUpClass()
+
+    @unittest.skip("A caption is of one image: a text without one is refused (tests/test_processing.py)")
+    def test_processor_text_has_no_visual(self) -> None:
+        """Texts of a chat model, some of which have no image."""
 
     @classmethod
     def _setup_image_processor(cls) -> ViTImageProcessor:
