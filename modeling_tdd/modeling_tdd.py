@@ -286,18 +286,18 @@ class TDDPreTrainedModel(PreTrainedModel):
     # Our losses are means over a batch: Trainer must average them over accumulation steps itself.
     accepts_loss_kwargs = False
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in Transformers, for captions.
 
         Raises:
             `ValueError`: for a classifier, whose tokens are its labels.
         """
-        if new_num_tokens is not None and self.config.vocab_size is None:
+        if self.config.vocab_size is None:
             raise ValueError(
                 "The tokens of a classifier are its labels. To change their number, load it with "
-                f"`from_pretrained(..., num_labels={new_num_tokens}, ignore_mismatched_sizes=True)`."
+                "`from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)`."
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

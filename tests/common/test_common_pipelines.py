@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Transformers' PipelineTesterMixin on all three models.
+"""Transformers' PipelineTesterMixin on classifier and captioner.
 
 It loads a tiny checkpoint of each, which is written here as its own tools lay them out, and hands pipeline and images
 to a class a task, whose original reads images from the network.
@@ -19,7 +19,7 @@ from transformers import Pipeline, PreTrainedTokenizerFast, ViTImageProcessor, p
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers_source import load_pipeline_mixin, require_source
 
-from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification, TDDModel, TDDProcessor
+from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification, TDDProcessor
 
 
 require_source()
@@ -61,7 +61,6 @@ def write_tiny_models(folder: Path) -> None:
     }
     summary = {}
     for model in (
-        TDDModel(TDDConfig(num_labels=5, **SIZES)),
         TDDForImageClassification(TDDConfig(num_labels=5, **SIZES)),
         TDDForCaptioning(TDDConfig(**SIZES, **captions)),
     ):
@@ -98,19 +97,6 @@ class ImageClassificationPipelineTests(unittest.TestCase):
                 self.assertTrue(1 >= best[0]["score"] >= best[1]["score"] > 0)
 
 
-class ImageFeatureExtractionPipelineTests(unittest.TestCase):
-    """Called by the mixin."""
-
-    def get_test_pipeline(
-        self, model: Any, *unused: Any, image_processor: Any, dtype: str, **others: Any
-    ) -> tuple[Pipeline, list]:
-        made = pipeline("image-feature-extraction", model=model, image_processor=image_processor, dtype=dtype)
-        return made, random_images()
-
-    def run_pipeline_test(self, extractor: Pipeline, examples: list[Image.Image]) -> None:
-        self.assertEqual([np.shape(features) for features in extractor(examples)], [(1, 1, 32)] * 4)
-
-
 class ImageTextToTextPipelineTests(unittest.TestCase):
     """Called by the mixin."""
 
@@ -134,14 +120,14 @@ transformers.TDDProcessor = TDDProcessor
 PipelineTesterMixin = load_pipeline_mixin(
     Path(TINY_MODELS.name),
     image_classification=ImageClassificationPipelineTests,
-    image_feature_extraction=ImageFeatureExtractionPipelineTests,
     image_text_to_text=ImageTextToTextPipelineTests,
 )
 
 
 class TDDPipelineTest(PipelineTesterMixin, unittest.TestCase):
+    """TDDModel has no task: what it returns is one pass of the denoiser, and features are the encoder's."""
+
     pipeline_model_mapping = {
         "image-classification": TDDForImageClassification,
-        "image-feature-extraction": TDDModel,
         "image-text-to-text": TDDForCaptioning,
     }
