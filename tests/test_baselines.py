@@ -84,7 +84,7 @@ def test_loss_by_hand(make_autoregressive: Callable[..., AutoregressiveCaptioner
     for fill in (PAD, -100):
         labels = torch.tensor([caption + [fill] * (8 - len(caption)) for caption in captions])
         torch.testing.assert_close(model(labels, pixel_values).loss, expected)
-        features = model.model.get_image_features(pixel_values)
+        features = model.model.get_image_features(pixel_values).pooler_output
         torch.testing.assert_close(model(labels, image_features=features).loss, expected)
     with pytest.raises(ValueError, match="Give either `pixel_values` or `image_features`"):
         model(labels)
@@ -104,7 +104,8 @@ def test_generate_is_greedy_and_padded(
         before = model.decoder.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
         tokens.append(int(model.decoder(inputs_embeds=torch.cat([prefix, before], dim=1)).logits[0, -1].argmax()))
     assert sequences[0].tolist() == tokens + [PAD] * (8 - len(tokens))
-    torch.testing.assert_close(model.generate(image_features=model.model.get_image_features(pixel_values)), sequences)
+    features = model.model.get_image_features(pixel_values).pooler_output
+    torch.testing.assert_close(model.generate(image_features=features), sequences)
     torch.testing.assert_close(model.generate(pixel_values[2:3])[0], sequences[2])  # whatever the rest of its batch
     # Where every caption ends at once, the rest of the places is padding.
     with torch.no_grad():
