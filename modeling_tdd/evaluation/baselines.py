@@ -80,7 +80,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
                 Images, as the image processor returns them.
             image_features (`torch.FloatTensor`, *optional*):
-                In place of `pixel_values`: features of `model.get_image_features`.
+                In place of `pixel_values`: the `pooler_output` of `model.get_image_features`.
 
         Raises:
             `ValueError`: for token ids out of range, or unless one of `pixel_values` and `image_features` is given.
