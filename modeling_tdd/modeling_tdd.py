@@ -402,7 +402,7 @@ class TDDDenoiser(TDDPreTrainedModel):
             `ValueError`: if they are offloaded: Accelerate brings weights back for a module's `forward` alone.
         """
         config, weight = self.config, self.token_embedding.weight
-        if weight.is_meta and hasattr(self.token_embedding, "_hf_hook"):
+        if self.null_prefix.is_meta and hasattr(self, "_hf_hook"):
             raise ValueError("`model.denoiser` cannot be offloaded: keep it on one device in `device_map`.")
         alpha_bar = self.alpha_bar
         if config.corruption == "mask":

@@ -120,7 +120,11 @@ def test_an_encoder_on_disc(model: nn.Module, pixel_values: Tensor, tmp_path: Pa
     assert torch.equal(scores(loaded, pixel_values), scores(model, pixel_values))
 
 
-def test_a_denoiser_on_disc_is_refused(model: nn.Module, pixel_values: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["classifier", "captioner"])
+def test_a_denoiser_on_disc_is_refused(
+    make_model: MakeModel, make_captioner: MakeModel, pixel_values: Tensor, tmp_path: Path, task: str
+) -> None:
+    model = make_model() if task == "classifier" else make_captioner()
     model.save_pretrained(tmp_path)
     device_map = offload(model, "denoiser")
     loaded = type(model).from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
