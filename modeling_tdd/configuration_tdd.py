@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-NOISE_SCHEDULES = ("linear", "cosine", "calibrated")
+NOISE_SCHEDULES = ("linear", "cosine", "calibrated", "projected")
 CORRUPTIONS = ("gaussian", "mask")
 PREDICTION_TYPES = ("sample", "epsilon")
 LOSS_WEIGHTINGS = ("alpha_bar", "none")
@@ -72,8 +72,8 @@ class TDDConfig(PreTrainedConfig):
             `None` for all tokens.
         num_timesteps (`int`, *optional*, defaults to 1000):
             Number of diffusion timesteps T (ours).
-        noise_schedule (`str`, *optional*, defaults to `"calibrated"`):
-            `"linear"`, `"cosine"` or `"calibrated"`; see [`~diffusion_tdd.alpha_bar_schedule`] (ours).
+        noise_schedule (`str`, *optional*, defaults to `"projected"`):
+            `"linear"`, `"cosine"`, `"calibrated"` or `"projected"`; see [`~diffusion_tdd.alpha_bar_schedule`] (ours).
         corruption (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"` is TDD; `"mask"` is the paper's rival MDD, masked discrete diffusion. For one token MDD is
             a linear head on the encoder's features (Section 4.1), and the model has no denoiser.
@@ -152,7 +152,7 @@ class TDDConfig(PreTrainedConfig):
 
     # Diffusion
     num_timesteps: int = 1000
-    noise_schedule: str = "calibrated"
+    noise_schedule: str = "projected"
     corruption: str = "gaussian"
     prediction_type: str = "sample"
     loss_weighting: str = "alpha_bar"

@@ -89,13 +89,16 @@ def alpha_bar_schedule(
       dimensions a one-hot vector drowns early: under `"cosine"` that chance is one half at t = 0.15 T for K = 30,522,
       so that most steps see noise alone. With `one_hot_scale` times [`projected_signal`] it is the chance of the
       best guess from the d-wide projection of `y_t`, all that a denoiser sees.
+    - `"projected"` makes the token's share of the variance of its projection `y_t W` fall evenly in t, from 1 to 0. K
+      independent noises meet in each of the d dimensions, so a schedule for y_t leaves its projection with up to K
+      times the noise: what the best guess can still read, a small network cannot (docs/decisions.md, 14).
 
-    For `corruption="mask"` it is the chance that a token is not masked: `1 - t / T` for `"linear"` and, since an
-    unmasked token is always right, for `"calibrated"` too; `1 - sin(pi t / 2T)` for `"cosine"`, as in MaskGIT.
+    For `corruption="mask"` it is the chance that a token is not masked: `1 - sin(pi t / 2T)` for `"cosine"`, as in
+    MaskGIT, and else `1 - t / T`, since an unmasked token is always right.
 
     Args:
         noise_schedule (`str`):
-            `"linear"`, `"cosine"` or `"calibrated"`.
+            `"linear"`, `"cosine"`, `"calibrated"` or `"projected"`.
         num_timesteps (`int`):
             T, at least 1.
         num_categories (`int`):
@@ -103,7 +106,7 @@ def alpha_bar_schedule(
         corruption (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"` or `"mask"`.
         one_hot_scale (`float`, *optional*, defaults to 1.0):
-            Lambda; changes `"calibrated"` alone.
+            Lambda; changes `"calibrated"` and `"projected"` alone.
 
     Returns:
         `torch.Tensor`: float32 of shape `(num_timesteps + 1,)`, on the CPU. Do not write to it: it is cached.
@@ -128,33 +131,31 @@ def alpha_bar_schedule(
             offset = 0.008
             angle = 0.5 * math.pi / (1 + offset)
             alpha_bar = (torch.cos((progress + offset) * angle) / math.cos(offset * angle)) ** 2
+        elif noise_schedule == "projected":
+            # The signal has the power lambda^2 ab |W_k|^2, and the noise (1 - ab) sum_k |W_k|^2: K times a row's
+            ratio = num_categories / one_hot_scale**2 * (1 - progress) / progress.clamp(min=1e-12)
+            alpha_bar = ratio / (1 + ratio)
         else:
             check_range("num_categories", num_categories, 2)
             alpha_bar = _calibrated_alpha_bar(num_timesteps, num_categories, one_hot_scale)
         return alpha_bar.clamp(0, 1).float()
 
 
-@cache
-@torch.compiler.assume_constant_result
-def visibility_schedule(
-    noise_schedule: str, num_timesteps: int, num_categories: int, one_hot_scale: float = 1.0
-) -> Tensor:
+def visibility(alpha_bar: Tensor, num_categories: int, one_hot_scale: float = 1.0) -> Tensor:
     r"""
-    How much a noisy token says of its clean one: the chance that the best guess from it is right, beyond blind
-    guessing, from 1 at t = 0 to 0 where there is noise alone. For `"calibrated"` it is 1 - t / T.
+    A token's share of the variance of its projection `y_t W`, from 1 at t = 0 to 0 where there is noise alone: how
+    much of a noisy token a linear reader can believe. For the `"projected"` schedule it is 1 - t / T.
 
-    Args are those of [`alpha_bar_schedule`], `one_hot_scale` with what the projection keeps.
+    Args:
+        alpha_bar (`torch.Tensor`): The schedule, or some of it.
+        num_categories (`int`): K.
+        one_hot_scale (`float`, *optional*, defaults to 1.0): Lambda.
 
     Returns:
-        `torch.Tensor`: float32 of shape `(num_timesteps + 1,)`, on the CPU. Do not write to it: it is cached.
+        `torch.Tensor`: of `alpha_bar`'s shape and dtype.
     """
-    if num_categories == 1:
-        return torch.ones(num_timesteps + 1)
-    alpha_bar = alpha_bar_schedule(noise_schedule, num_timesteps, num_categories, one_hot_scale=one_hot_scale)
-    with torch.device("cpu"), torch.inference_mode(False):
-        ratio = alpha_bar.double() / (1 - alpha_bar.double()).clamp(min=1e-12)
-        accuracy = argmax_accuracy((one_hot_scale * ratio.sqrt()).clamp(max=100.0), num_categories)
-        return ((accuracy - 1 / num_categories) / (1 - 1 / num_categories)).clamp(0, 1).float()
+    signal = one_hot_scale**2 * alpha_bar
+    return signal / (signal + num_categories * (1 - alpha_bar))
 
 
 def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps: int, device: torch.device) -> Tensor:
@@ -726,5 +727,5 @@ __all__ = [
     "token_timesteps",
     "to_one",
     "training_timesteps",
-    "visibility_schedule",
+    "visibility",
 ]

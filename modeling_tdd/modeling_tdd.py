@@ -36,7 +36,7 @@ from .diffusion_tdd import (
     projected_signal,
     token_timesteps,
     training_timesteps,
-    visibility_schedule,
+    visibility,
 )
 from .generation_tdd import TDDGenerationMixin
 
@@ -368,21 +368,17 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._cached_factor: tuple[tuple, Tensor] | None = None
-        # Both are cached for all models: a first call within `torch.export` would keep the tracer's fake tensors
-        _ = self.alpha_bar, self.visibility
+        _ = self.alpha_bar  # cached for all models: a first call within `torch.export` would keep its fake tensors
         self.post_init()
-
-    @property
-    def _signal_scale(self) -> float:
-        """What lambda and the projection W leave of a one-hot vector's amplitude."""
-        return self.config.one_hot_scale * projected_signal(self.config.num_categories, self.config.hidden_size)
 
     @property
     def alpha_bar(self) -> Tensor:
         """The schedule, of shape `(num_timesteps + 1,)`. No buffer: it must stay float32 in a half-precision model."""
-        config = self.config
+        config, scale = self.config, self.config.one_hot_scale
+        if config.noise_schedule == "calibrated":
+            scale *= projected_signal(config.num_categories, config.hidden_size)
         return alpha_bar_schedule(
-            config.noise_schedule, config.num_timesteps, config.num_categories, config.corruption, self._signal_scale
+            config.noise_schedule, config.num_timesteps, config.num_categories, config.corruption, scale
         ).to(self.null_prefix.device)
 
     @property
@@ -391,9 +387,7 @@ class TDDDenoiser(TDDPreTrainedModel):
         config = self.config
         if config.corruption == "mask" or config.prediction_type == "epsilon":
             return None
-        return visibility_schedule(
-            config.noise_schedule, config.num_timesteps, config.num_categories, self._signal_scale
-        ).to(self.null_prefix.device)
+        return visibility(self.alpha_bar, config.num_categories, config.one_hot_scale)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
         """The diffusion process over this denoiser's token embeddings, as they are now.
@@ -484,9 +478,9 @@ class TDDDenoiser(TDDPreTrainedModel):
         num_tokens = inputs_embeds.shape[1]
         timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
         hidden_states = self.input_norm(inputs_embeds)
-        if (visibility := self.visibility) is not None:
+        if (worth := self.visibility) is not None:
             # Noise as large as a token would drown position and condition: an input counts by what it says.
-            hidden_states = hidden_states * visibility[timesteps][..., None].to(hidden_states.dtype)
+            hidden_states = hidden_states * worth[timesteps][..., None].to(hidden_states.dtype)
         hidden_states = hidden_states + self.position_embeddings[:num_tokens]
         hidden_states = hidden_states + self.time_embedding(timesteps, self.position_embeddings.dtype)
         attention_mask = None

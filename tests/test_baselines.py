@@ -221,7 +221,7 @@ def test_script_compares_with_both(tmp_path: Path) -> None:
     header, _, tdd, *_ = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("|")]
     columns = "method | schedule | guidance | metric | 1 step | 4 steps | 4 less 1 | without steps"
     assert [cell.strip() for cell in header.strip("|").split("|")] == columns.split(" | ")
-    assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "calibrated", "1", "exact_match"]
+    assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
 
     done = run_script("train_captioning.py", tmp_path, *arguments, "--set", *settings, "encoder=null")
     assert "ValueError: `nearest` needs features of a pretrained encoder" in done.stderr

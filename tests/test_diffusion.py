@@ -26,10 +26,11 @@ from modeling_tdd.diffusion_tdd import (
     to_one,
     token_timesteps,
     training_timesteps,
+    visibility,
 )
 
 
-SCHEDULES = ("linear", "cosine", "calibrated")
+SCHEDULES = ("linear", "cosine", "calibrated", "projected")
 
 
 # ---- Schedules
@@ -87,7 +88,10 @@ def test_mask_schedules_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("quadratic", 10, 10), "`noise_schedule` must be one of 'linear', 'cosine', 'calibrated', got 'quadratic'"),
+        (
+            ("quadratic", 10, 10),
+            "`noise_schedule` must be one of 'linear', 'cosine', 'calibrated', 'projected', got 'quadratic'",
+        ),
         (("linear", 0, 10), "`num_timesteps` must be at least 1, got 0"),
         (("calibrated", 10, 1), "`num_categories` must be at least 2, got 1"),
     ],
@@ -176,6 +180,31 @@ def test_projection_keeps_the_share_of_the_signal_that_its_width_is_of_the_categ
         noisy = amplitude * rows[tokens] + torch.randn(samples, rows.shape[1], dtype=torch.float64)
         scores = noisy @ rows.T - 0.5 * amplitude * rows.square().sum(1)
         assert abs((scores.argmax(1) == tokens).double().mean() - wanted) < 0.05
+
+
+@pytest.mark.parametrize("one_hot_scale", [1.0, 0.5])
+@pytest.mark.parametrize(("num_categories", "width"), [(5, 8), (1748, 128)])
+def test_projected_schedule_makes_the_tokens_share_of_its_projection_fall_evenly(
+    num_categories: int, width: int, one_hot_scale: float
+) -> None:
+    num_timesteps, rows = 4, 4000
+    alpha_bar = alpha_bar_schedule("projected", num_timesteps, num_categories, one_hot_scale=one_hot_scale)
+    wanted = 1 - torch.arange(num_timesteps + 1) / num_timesteps
+    torch.testing.assert_close(visibility(alpha_bar, num_categories, one_hot_scale), wanted, atol=1e-3, rtol=0)
+    corruption = GaussianCorruption(torch.randn(num_categories, width), alpha_bar, one_hot_scale)
+    tokens = torch.randint(num_categories, (rows, 1))
+    noise = corruption.draw_noise(rows, 1)
+    for timestep in range(1, num_timesteps):
+        noisy = corruption.state_at(tokens, torch.full((rows,), timestep), noise)
+        signal = alpha_bar[timestep].sqrt() * corruption.clean(tokens)
+        share = signal.square().mean() / (signal.square().mean() + (noisy - signal).square().mean())
+        assert abs(share - wanted[timestep]) < 0.02
+
+
+def test_calibrated_schedule_leaves_most_of_the_projection_to_noise() -> None:
+    """The fault that the projected schedule mends: the best guess is nearly always right, and few readers see it."""
+    alpha_bar = alpha_bar_schedule("calibrated", 1000, 1748, one_hot_scale=projected_signal(1748, 128))
+    assert visibility(alpha_bar[1:], 1748).max() < 0.3
 
 
 # ---- Timesteps

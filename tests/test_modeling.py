@@ -261,7 +261,7 @@ def test_model_made_on_another_default_device(make_config: MakeConfig, pixel_val
         assert TDDForImageClassification(make_config()).model.denoiser.alpha_bar.device.type == "meta"
     model = TDDForImageClassification(make_config()).eval()
     alpha_bar_schedule.cache_clear()
-    assert torch.equal(model.model.denoiser.alpha_bar, alpha_bar_schedule("calibrated", 20, 5))
+    assert torch.equal(model.model.denoiser.alpha_bar, alpha_bar_schedule("projected", 20, 5))
     assert model(pixel_values).logits.isfinite().all()
 
 

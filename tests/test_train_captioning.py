@@ -60,7 +60,7 @@ def test_from_a_frozen_encoder_with_cached_features_and_again(tmp_path: Path) ->
     output = run_script(tmp_path, *settings)
     assert (
         "### validation" in output
-        and "| mdd    | calibrated | 1        | token_f1" in output
+        and "| mdd    | projected | 1        | token_f1" in output
         and "| 4 less 1" in output
     )
     check_results(tmp_path / "outputs/emoji")
