@@ -111,7 +111,7 @@ def test_embedded_emoji_load_by_the_recipe():
 def test_missing_split_or_column_is_named():
     with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
         load_classification_data(DataRecipe(path="digits", eval_split="test"))
-    with pytest.raises(ValueError, match="no column 'digit'; it has image, label"):
+    with pytest.raises(ValueError, match="no column 'digit' in 'train'; it has image, label"):
         load_classification_data(DataRecipe(path="digits", label_column="digit"))
 
 

@@ -1,31 +1,28 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Data sets of images and captions: any that `datasets` reads, and COCO 2017 as it is published."""
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets, load_dataset
-from PIL import Image as PILImage
-from transformers.utils import logging
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 
+from .data import two_columns
+from .examples import ReadCaptioned, check_caption_type, drop_bad_examples
 from .recipe import CaptionDataRecipe
+from .streaming import ShardedRows, open_shards, read_whole, shards_of_table
 
 
-logger = logging.get_logger(__name__)
-
-MAX_NAMED = 10  # bad examples that a message names
+# Of how many streamed examples the tokenizer learns, and the known pairs of neighbouring tokens are: all are too many
+NUM_SAMPLED_CAPTIONS = 100_000
 
 
 def load_caption_data(recipe: CaptionDataRecipe) -> DatasetDict:
     r"""
-    Loads the training split and the evaluation splits, one row an image.
-
-    Bad examples are looked for once and left out here, not while training: row numbers stay stable (features are
-    cached by them), all processes see the same rows, and `datasets` remembers the result.
+    Loads the evaluation splits and, unless it is streamed, the training split, one row an image. Bad examples are
+    looked for here, see [`drop_bad_examples`].
 
     Returns:
         `DatasetDict`: each split with the columns `image` and `captions`, a list of at least one string.
@@ -34,35 +31,55 @@ def load_caption_data(recipe: CaptionDataRecipe) -> DatasetDict:
         `ValueError`: if a split or a column is missing, captions are neither strings nor lists of strings, a split has
             no good example, or, with `on_bad_example="raise"`, there is a bad one. The message names it.
     """
-    splits = [recipe.train_split, *recipe.eval_splits]
-    data = _load_coco(recipe, splits) if recipe.path == "coco" else _load_columns(recipe, splits)
-    return DatasetDict({split: _drop_bad_examples(recipe, split, data[split]) for split in splits})
+    splits = recipe.eval_splits if recipe.streaming else [recipe.train_split, *recipe.eval_splits]
+    read = ReadCaptioned(recipe.lower_case)
+    return DatasetDict(
+        {
+            split: drop_bad_examples(_load_split(recipe, split), read, split, recipe.on_bad_example, recipe.num_proc)
+            for split in splits
+        }
+    )
 
 
-def _load_columns(recipe: CaptionDataRecipe, splits: list[str]) -> dict[str, Dataset]:
-    """The columns `image` and `captions` of whatever `load_dataset` reads, the images not decoded."""
+def open_caption_shards(recipe: CaptionDataRecipe) -> ShardedRows:
+    """The training split for [`make_stream_loader`], with the columns `image` and `captions`."""
+    if _is_table_of_paths(recipe):
+        return shards_of_table(_load_split(recipe, recipe.train_split), "captions")
+    rows = open_shards(recipe, recipe.train_split, "captions")
+    check_caption_type(recipe.caption_column, rows.feature)
+    return rows
+
+
+def sample_captions(recipe: CaptionDataRecipe, rows: ShardedRows) -> list[str]:
+    """The captions of the first examples of a streamed split, read once and kept by `datasets`."""
+    table = read_whole(rows, "captions", NUM_SAMPLED_CAPTIONS, with_image=False)
+    lists = [[captions] if isinstance(captions, str) else captions or [] for captions in table["captions"]]
+    captions = [" ".join(caption.split()) for captions in lists for caption in captions if caption]
+    return [caption.lower() if recipe.lower_case else caption for caption in captions if caption]
+
+
+def _is_table_of_paths(recipe: CaptionDataRecipe) -> bool:
+    """Whether the data lie on disc as single images, so that a table of their paths is all there is to load."""
+    return recipe.path in ("coco", "imagefolder")
+
+
+def _load_split(recipe: CaptionDataRecipe, split: str) -> Dataset:
+    """The columns `image`, not decoded, and `captions`."""
+    if recipe.path == "coco":
+        if recipe.data_dir is None:
+            raise ValueError("`data.path: coco` needs `data.data_dir`, the folder that holds `annotations/`.")
+        return _load_coco_split(Path(recipe.data_dir), split)
+    if recipe.streaming and not _is_table_of_paths(recipe):
+        rows = open_shards(recipe, split, "captions")
+        check_caption_type(recipe.caption_column, rows.feature)
+        return read_whole(rows, "captions")
     data = load_dataset(recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir)
-    for split in splits:
-        if split not in data:
-            raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(data)}.")
-        for column in (recipe.image_column, recipe.caption_column):
-            if column not in data[split].column_names:
-                columns = ", ".join(data[split].column_names)
-                raise ValueError(f"`{recipe.path}` has no column {column!r} in {split!r}; it has {columns}.")
-
-    def tidy(split: Dataset) -> Dataset:
-        split = split.select_columns([recipe.image_column, recipe.caption_column])
-        split = split.rename_columns({recipe.image_column: "image", recipe.caption_column: "captions"})
-        return split.cast_column("image", Image(decode=False))
-
-    return {split: tidy(data[split]) for split in splits}
-
-
-def _load_coco(recipe: CaptionDataRecipe, splits: list[str]) -> dict[str, Dataset]:
-    """COCO 2017's folder: `annotations/captions_train2017.json` and `train2017/` for the split `train2017`."""
-    if recipe.data_dir is None:
-        raise ValueError("`data.path: coco` needs `data.data_dir`, the folder that holds `annotations/`.")
-    return {split: _load_coco_split(Path(recipe.data_dir), split) for split in splits}
+    if split not in data:
+        raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(data)}.")
+    columns = {"image": recipe.image_column, "captions": recipe.caption_column}
+    data = two_columns(recipe.path, split, data[split], columns)
+    check_caption_type(recipe.caption_column, data.features["captions"])
+    return data
 
 
 def _load_coco_split(folder: Path, split: str) -> Dataset:
@@ -85,44 +102,3 @@ def _coco_rows(file: Path, images: Path, times: tuple[int, ...]) -> Iterator[dic
         captions[annotation["image_id"]].append(annotation["caption"])
     for image in content["images"]:
         yield {"image": str(images / image["file_name"]), "captions": captions[image["id"]]}
-
-
-def _drop_bad_examples(recipe: CaptionDataRecipe, split: str, data: Dataset) -> Dataset:
-    feature = data.features["captions"]
-    if getattr(feature, "feature", feature) not in (Value("string"), Value("large_string"), Value("null")):
-        raise ValueError(f"The column {recipe.caption_column!r} must hold strings or lists of strings, got {feature}.")
-    checked = data.map(
-        _check_example,
-        with_indices=True,
-        fn_kwargs={"lower_case": recipe.lower_case},
-        remove_columns=data.column_names,
-        num_proc=recipe.num_proc,
-        desc=f"checking {split}",
-        features=Features({"captions": List(Value("string")), "problem": Value("string")}),
-    )
-    problems = [problem for problem in checked["problem"] if problem]
-    data = concatenate_datasets([data.select_columns("image"), checked.select_columns("captions")], axis=1)
-    if problems:
-        message = f"{len(problems)} of {len(data)} examples of {split!r} are bad: {'; '.join(problems[:MAX_NAMED])}"
-        message += f"; and {len(problems) - MAX_NAMED} more." if len(problems) > MAX_NAMED else "."
-        if recipe.on_bad_example == "raise" or len(problems) == len(data):
-            raise ValueError(message)
-        logger.warning(f"{message} They are skipped.")
-        data = data.select([index for index, problem in enumerate(checked["problem"]) if not problem])
-    return data.cast_column("image", Image())
-
-
-def _check_example(example: dict[str, Any], index: int, lower_case: bool) -> dict[str, Any]:
-    """The example's captions with single spaces, less the empty ones, and what is wrong with it, if anything."""
-    image, captions = example["image"] or {}, example["captions"] or []
-    captions = [captions] if isinstance(captions, str) else captions
-    captions = [" ".join((caption.lower() if lower_case else caption).split()) for caption in captions if caption]
-    captions = [caption for caption in captions if caption]
-    problem = "" if captions else "no caption"
-    try:
-        # Opening reads the header alone: only decoding shows that a file is cut short.
-        PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).load()
-    except Exception as error:  # Pillow's decoders raise many kinds
-        problem = f"unreadable image ({type(error).__name__})"
-    file = f" ({image['path']})" if image.get("path") else ""
-    return {"captions": captions, "problem": problem and f"row {index}{file}: {problem}"}

@@ -2,7 +2,6 @@
 """Data sets of images and labels, their augmentation, and their batches."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
@@ -11,11 +10,9 @@ from timm.data import Mixup, create_transform
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from .examples import Example, ReadLabelled, drop_bad_examples, label_names
 from .recipe import AugmentationRecipe, DataRecipe
-
-
-Example = dict[str, Any]
-Batch = dict[str, Tensor]
+from .streaming import Batch, ShardedRows, check_columns, open_shards, read_whole, shards_of_table
 
 
 def load_digits_dataset() -> DatasetDict:
@@ -37,34 +34,57 @@ def load_digits_dataset() -> DatasetDict:
     return DatasetDict(train=split(train), validation=split(validation))
 
 
-def load_classification_data(recipe: DataRecipe) -> tuple[Dataset, Dataset, list[str]]:
+def load_classification_data(recipe: DataRecipe) -> tuple[Dataset | ShardedRows, Dataset, list[str]]:
     r"""
+    Loads both splits; bad examples of those that are not streamed are looked for here, see [`drop_bad_examples`].
+
     Returns:
-        The training split, the evaluation split, each with the columns `image` and `label`, and the labels' names.
+        The training split ([`ShardedRows`] with `data.streaming`), the evaluation split, each with the columns `image`
+        and `label`, and the labels' names.
 
     Raises:
-        `ValueError`: if a split or a column is missing, or the labels are not a `ClassLabel`.
+        `ValueError`: if a split or a column is missing, there are no names or number of labels, a split has no good
+            example, or, with `on_bad_example="raise"`, there is a bad one.
     """
+    # A folder of images is a list of paths: its shards are made of the table, not of the folder's order
+    if recipe.streaming and recipe.path not in ("digits", "imagefolder"):
+        train = open_shards(recipe, recipe.train_split, "label")
+        held_out = read_whole(open_shards(recipe, recipe.eval_split, "label"), "label")
+        names = label_names(recipe.label_column, train.feature, recipe.num_labels)
+    else:
+        train, held_out = (_load_split(recipe, split) for split in (recipe.train_split, recipe.eval_split))
+        names = label_names(recipe.label_column, train.features["label"], recipe.num_labels)
+        train = (
+            shards_of_table(train, "label")
+            if recipe.streaming
+            else _drop_bad(recipe, recipe.train_split, train, names)
+        )
+    return train, _drop_bad(recipe, recipe.eval_split, held_out, names), names
+
+
+def _load_split(recipe: DataRecipe, split: str) -> Dataset:
+    """The columns `image`, not decoded, and `label`."""
     if recipe.path == "digits":
         data = load_digits_dataset()
     else:
         data = load_dataset(recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir)
-    for split in (recipe.train_split, recipe.eval_split):
-        if split not in data:
-            raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(data)}.")
-    columns = data[recipe.train_split].column_names
-    for column in (recipe.image_column, recipe.label_column):
-        if column not in columns:
-            raise ValueError(f"`{recipe.path}` has no column {column!r}; it has {', '.join(columns)}.")
-    names = getattr(data[recipe.train_split].features[recipe.label_column], "names", None)
-    if names is None:
-        raise ValueError(f"The column {recipe.label_column!r} must be a `datasets.ClassLabel`: cast it to one.")
+    if split not in data:
+        raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(data)}.")
+    return two_columns(recipe.path, split, data[split], {"image": recipe.image_column, "label": recipe.label_column})
 
-    def tidy(split: Dataset) -> Dataset:
-        split = split.select_columns([recipe.image_column, recipe.label_column])
-        return split.rename_columns({recipe.image_column: "image", recipe.label_column: "label"})
 
-    return tidy(data[recipe.train_split]), tidy(data[recipe.eval_split]), names
+def two_columns(path: str, split: str, data: Dataset, columns: dict[str, str]) -> Dataset:
+    """Of `data` the columns that are the values of `columns`, under the names that are its keys; images undecoded."""
+    check_columns(path, split, data.features, columns)
+    data = data.cast_column(columns["image"], Image(decode=False))
+    if any(column not in data.features for column in columns.values()):
+        data = data.flatten()  # `json.caption` becomes a column
+    data = data.select_columns(list(columns.values()))
+    return data.rename_columns({source: name for name, source in columns.items()})
+
+
+def _drop_bad(recipe: DataRecipe, split: str, data: Dataset, names: list[str]) -> Dataset:
+    return drop_bad_examples(data, ReadLabelled(len(names)), split, recipe.on_bad_example, recipe.num_proc)
 
 
 def build_train_transform(recipe: AugmentationRecipe, image_processor: BaseImageProcessor) -> Callable[..., Tensor]:

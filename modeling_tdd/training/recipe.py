@@ -10,60 +10,76 @@ import yaml
 
 
 @dataclass
-class DataRecipe:
+class _ImageData:
     r"""
-    Which images and labels to learn from. Anything that `datasets.load_dataset` reads, or scikit-learn's digits.
+    Which images to learn from, and how they are read: what data sets of labels and of captions share.
 
     Args:
-        path (`str`): `"digits"`, or the first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, an id.
+        path (`str`): The first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, `"webdataset"`, an id.
         data_files (`dict`, *optional*): Files of each split; relative paths start at the recipe's folder.
         data_dir (`str`, *optional*): Folder of the data; likewise.
-        train_split, eval_split (`str`): Names of the splits.
-        image_column, label_column (`str`): Names of the columns.
-    """
-
-    path: str
-    data_files: dict[str, str] | None = None
-    data_dir: str | None = None
-    train_split: str = "train"
-    eval_split: str = "validation"
-    image_column: str = "image"
-    label_column: str = "label"
-
-
-@dataclass
-class CaptionDataRecipe:
-    r"""
-    Which images and captions to learn from. Anything that `datasets.load_dataset` reads, or COCO 2017 as published.
-
-    Args:
-        path (`str`): `"coco"`, or the first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, an id.
-        data_files (`dict`, *optional*): Files of each split; relative paths start at the recipe's folder.
-        data_dir (`str`, *optional*): Folder of the data; likewise. Of `"coco"`: the one that holds `annotations/`.
         train_split (`str`): Name of the training split.
-        eval_splits (`list[str]`): Names of the splits to evaluate on; the first also shows progress.
         image_column (`str`): Name of the column of images.
-        caption_column (`str`): Name of the column of captions: a string, or a list of strings, an image.
-        lower_case (`bool`): Whether to lower-case the captions.
-        on_bad_example (`str`): What an unreadable image or an empty caption does: `"skip"` leaves it out and names
-            it, `"raise"` stops.
-        num_proc (`int`, *optional*): Processes that look for bad examples, once a data set.
+        on_bad_example (`str`): What an unreadable image, a missing label or an empty caption does: `"skip"` leaves it
+            out and names it, `"raise"` stops.
+        num_proc (`int`, *optional*): Processes that look for bad examples, once a data set that is not streamed.
+        streaming (`bool`): Whether the training split is read shard by shard as training goes. The splits to evaluate
+            on are read whole, and kept on disc by `datasets`.
+        num_examples (`int`, *optional*): Size of a streamed training split, where it does not say so itself.
+        shuffle_buffer (`int`): Streamed examples, not decoded, that each worker shuffles together.
     """
 
     path: str
     data_files: dict[str, str] | None = None
     data_dir: str | None = None
     train_split: str = "train"
-    eval_splits: list[str] = field(default_factory=lambda: ["validation"])
     image_column: str = "image"
-    caption_column: str = "caption"
-    lower_case: bool = False
     on_bad_example: str = "skip"
     num_proc: int | None = None
+    streaming: bool = False
+    num_examples: int | None = None
+    shuffle_buffer: int = 1000
 
     def __post_init__(self):
         if self.on_bad_example not in ("skip", "raise"):
             raise ValueError(f"`data.on_bad_example` must be 'skip' or 'raise', got {self.on_bad_example!r}.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"`data.shuffle_buffer` must be at least 1, got {self.shuffle_buffer}.")
+
+
+@dataclass
+class DataRecipe(_ImageData):
+    r"""
+    Which images and labels to learn from. Anything that `datasets.load_dataset` reads, or scikit-learn's digits, whose
+    `path` is `"digits"`.
+
+    Args:
+        eval_split (`str`): Name of the split to evaluate on.
+        label_column (`str`): Name of the column of labels. `json.label` is the key `label` of a column `json`.
+        num_labels (`int`, *optional*): How many labels there are, where the column holds plain integers.
+    """
+
+    eval_split: str = "validation"
+    label_column: str = "label"
+    num_labels: int | None = None
+
+
+@dataclass
+class CaptionDataRecipe(_ImageData):
+    r"""
+    Which images and captions to learn from. Anything that `datasets.load_dataset` reads, or COCO 2017 as published,
+    whose `path` is `"coco"` and whose `data_dir` is the folder that holds `annotations/`.
+
+    Args:
+        eval_splits (`list[str]`): Names of the splits to evaluate on; the first also shows progress.
+        caption_column (`str`): Name of the column of captions: a string, or a list of strings, an image.
+            `json.caption` is the key `caption` of a column `json`.
+        lower_case (`bool`): Whether to lower-case the captions.
+    """
+
+    eval_splits: list[str] = field(default_factory=lambda: ["validation"])
+    caption_column: str = "caption"
+    lower_case: bool = False
 
 
 @dataclass
@@ -231,6 +247,12 @@ class EncoderRecipe(Recipe):
     data: CaptionDataRecipe
     evaluation: WordsRecipe = field(default_factory=WordsRecipe)
 
+    def __post_init__(self):
+        if self.data.streaming:
+            raise ValueError(
+                "`data.streaming` must be false for an encoder: it counts the words of all captions first."
+            )
+
 
 RECIPES: dict[str, type[Recipe]] = {
     "classification": Recipe,
@@ -255,20 +277,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
     Args:
         path (`str` or `Path`):
             A YAML file with the sections of [`Recipe`], [`CaptionRecipe`] or [`EncoderRecipe`]; its key `task` says
-            which, `"classification"` by default.
+            which, `"classification"` by default. Its key `base` names another recipe, a relative path starting at the
+            recipe's folder, whose sections it changes key by key.
         overrides (`list[str]`, *optional*):
             Changes such as `"training.epochs=5"` or `"model.vision_config.num_hidden_layers=2"`; values are YAML.
         task (`str`, *optional*):
             The task that the recipe must be for.
 
     Raises:
-        `ValueError`: for an unknown task, section or key, a missing one, or an override that is not `key=value`. The
-            message says what is allowed.
+        `ValueError`: for an unknown task, section or key, a missing one, an override that is not `key=value`, a
+            missing file, or a recipe that is its own base. The message says what is allowed.
     """
     path = Path(path)
-    tree = yaml.load(path.read_text(), _Loader)
+    tree = _load_tree(path, ())
     for override in overrides or []:
         _apply_override(tree, override)
+    _anchor_files(tree, path.parent)
     recipe_task = tree.pop("task", "classification")
     if recipe_task not in RECIPES:
         raise ValueError(f"`task` of {path} must be one of {', '.join(RECIPES)}, got {recipe_task!r}.")
@@ -285,20 +309,44 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
     return recipe_class(name=path.stem, **sections)
 
 
+def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file over its base, and that over its own. `derived` are the files that led here."""
+    path = path.resolve()
+    if path in derived:
+        raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, (*derived, path)))}.")
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {path}" + (f", the base of {derived[-1]}." if derived else "."))
+    tree = yaml.load(path.read_text(), _Loader) or {}
+    _anchor_files(tree, path.parent)
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_load_tree(path.parent / base, (*derived, path)), tree)
+
+
+def _anchor_files(tree: dict[str, Any], folder: Path) -> None:
+    """Lets the relative paths of a recipe's data start at `folder`."""
+    data = tree.get("data") or {}
+    if data.get("data_files"):
+        data["data_files"] = {split: _from_folder(folder, file) for split, file in data["data_files"].items()}
+    if data.get("data_dir"):
+        data["data_dir"] = _from_folder(folder, data["data_dir"])
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """`changes` over `base`: dictionaries key by key, all else replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return base | {key: _merge(base.get(key), value) for key, value in changes.items()}
+
+
 def _read_section(path: Path, name: str, values: Any, section_type: Any) -> Any:
     """A section as its dataclass, or as it stands where it is a plain dictionary."""
     if not is_dataclass(section_type):
         return values
     _check_keys(name, values, [f.name for f in fields(section_type)])
     try:
-        section = section_type(**values)
+        return section_type(**values)
     except TypeError as error:  # a required key is missing
         raise ValueError(f"Section `{name}` of {path}: {error}.") from error
-    if getattr(section, "data_files", None):
-        section.data_files = {split: _from_folder(path.parent, file) for split, file in section.data_files.items()}
-    if getattr(section, "data_dir", None):
-        section.data_dir = _from_folder(path.parent, section.data_dir)
-    return section
 
 
 def _check_keys(where: str, given: dict[str, Any], allowed: list[str]) -> None:

@@ -1,0 +1,482 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Training data read shard by shard: sharded once over processes and workers, shuffled by seed, exactly resumable.
+
+`datasets` opens the shards. Which shard is whose, the order, and the position are kept here, since an epoch must see
+no image twice, a broken shard must not end the run, and `datasets` loses what its shuffle buffer holds when it resumes.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from datasets import Dataset, Features, Image, load_dataset_builder
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers.utils import logging
+
+from .examples import MAX_NAMED, BadExample, Example, ReadExample, Row, name_problems
+from .recipe import CaptionDataRecipe, DataRecipe, TrainingRecipe
+
+
+logger = logging.get_logger(__name__)
+
+Batch = dict[str, torch.Tensor]
+Position = tuple[int, int, int]  # shard in the reader's list, example in it where the block starts, taken of the block
+
+NUM_TABLE_SHARDS = 1024
+
+
+# ---- Shards
+
+
+class ShardedRows(NamedTuple):
+    """The rows of one split, a shard at a time, with the columns `image` (not decoded) and `name`."""
+
+    shards: datasets.IterableDataset
+    shard_names: list[str]
+    columns: dict[str, str]  # name here: name in the data
+    feature: Any  # of the column that is not the image
+    num_examples: int | None
+    fingerprint: str
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        """The rows of a shard; raises whatever its reader raises where it is broken."""
+        # `iter` and not `__iter__`, which in a worker process would shard once more
+        for batch in self.shards.shard(num_shards=self.shards.num_shards, index=shard).iter(batch_size=1):
+            yield {name: _look_up(batch, source) for name, source in self.columns.items()}
+
+
+def _look_up(batch: dict[str, list[Any]], column: str) -> Any:
+    """The only value of a column, which may be the key of a dictionary: `json.caption`."""
+    if column in batch:
+        return batch[column][0]
+    parent, _, key = column.partition(".")
+    value = batch[parent][0]
+    return None if value is None else value.get(key)
+
+
+def open_shards(recipe: DataRecipe | CaptionDataRecipe, split: str, column: str) -> ShardedRows:
+    r"""
+    Opens a split that `datasets` can stream: parquet, WebDataset, a data set of the Hub.
+
+    Args:
+        recipe ([`DataRecipe`] or [`CaptionDataRecipe`]): Where the data are.
+        split (`str`): Name of the split.
+        column (`str`): `"label"` or `"captions"`, what is wanted beside the image.
+
+    Raises:
+        `ValueError`: if the split or a column is missing.
+    """
+    source = recipe.label_column if column == "label" else recipe.caption_column
+    columns = {"image": recipe.image_column, column: source}
+    features = _readable_features(recipe) if recipe.path == "webdataset" else None
+    builder = load_dataset_builder(
+        recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir, features=features
+    )
+    streams = builder.as_streaming_dataset()
+    if split not in streams:
+        raise ValueError(f"`{recipe.path}` has no split {split!r}; it has {', '.join(streams)}.")
+    stream = streams[split]
+    check_columns(recipe.path, split, stream.features, columns)
+    files = (builder.config.data_files or {}).get(split, [])
+    info = (builder.info.splits or {}).get(split)
+    return ShardedRows(
+        stream.select_columns(sorted({_top_level(stream.features, name) for name in columns.values()})).cast_column(
+            recipe.image_column, Image(decode=False)
+        ),
+        # Formats with a shard a file can name it; others split files, or have no files
+        list(files) if len(files) == stream.num_shards else [f"shard {i}" for i in range(stream.num_shards)],
+        columns,
+        find_feature(stream.features, source),
+        None if info is None else info.num_examples,
+        Hasher.hash([builder.cache_dir, split, columns]),
+    )
+
+
+def shards_of_table(data: Dataset, column: str) -> ShardedRows:
+    """A table of paths, as of a folder of images, in a fixed random order: folders list images class by class."""
+    num_shards = min(len(data), NUM_TABLE_SHARDS)
+    table = data.cast_column("image", Image(decode=False)).shuffle(seed=0).flatten_indices()
+    return ShardedRows(
+        table.to_iterable_dataset(num_shards=num_shards),
+        [f"part {index} of {num_shards}" for index in range(num_shards)],
+        {name: name for name in ("image", column)},
+        data.features[column],
+        len(data),
+        data._fingerprint,
+    )
+
+
+def read_whole(rows: ShardedRows, column: str, num_examples: int | None = None, with_image: bool = True) -> Dataset:
+    r"""
+    A split as a table on disc, kept by `datasets`; what follows the break in a broken shard is left out and named.
+
+    Args:
+        rows ([`ShardedRows`]): The split.
+        column (`str`): `"label"` or `"captions"`.
+        num_examples (`int`, *optional*): How many of the first rows to take. By default all.
+        with_image (`bool`, *optional*, defaults to `True`): Whether to keep the images, undecoded.
+    """
+    features = {"image": Image(decode=False)} if with_image else {}
+    features[column] = rows.feature
+
+    def generate() -> Iterator[Row]:
+        for _, row in islice(_unbroken(rows, range(len(rows.shard_names)), logger.warning), num_examples):
+            yield {name: row[name] for name in features}
+
+    fingerprint = Hasher.hash([rows.fingerprint, num_examples, with_image])
+    return Dataset.from_generator(generate, features=Features(features), fingerprint=fingerprint)
+
+
+def check_columns(path: str, split: str, features: Features, columns: dict[str, str]) -> None:
+    """Raises a `ValueError` that names a missing column and those that there are."""
+    for column in columns.values():
+        if find_feature(features, column) is None:
+            raise ValueError(f"`{path}` has no column {column!r} in {split!r}; it has {', '.join(features)}.")
+
+
+def find_feature(features: Features, column: str) -> Any:
+    """The type of a column or of a key of it, `None` where there is no such column."""
+    if column in features:
+        return features[column]
+    parent, _, key = column.partition(".")
+    parent_feature = features.get(parent)
+    return parent_feature.get(key) if isinstance(parent_feature, dict) else None
+
+
+def _top_level(features: Features, column: str) -> str:
+    return column if column in features else column.partition(".")[0]
+
+
+def _readable_features(recipe: DataRecipe | CaptionDataRecipe) -> Features | None:
+    """The columns of the first WebDataset shard that can be read: `datasets` looks at one, which may be broken."""
+    given = load_dataset_builder(recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir)
+    errors = []
+    for file in [file for files in given.config.data_files.values() for file in files]:
+        try:
+            one = load_dataset_builder("webdataset", data_files={"train": [file]})
+            return one.as_streaming_dataset("train").features
+        except Exception as error:  # a broken archive raises whatever its part does
+            errors.append(f"{file}: {type(error).__name__}: {error}")
+    raise ValueError(name_problems(errors, "of as many shards are broken"))
+
+
+def _unbroken(
+    rows: ShardedRows, shards: range | list[int], report: Callable[[str], None], position: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[tuple[int, int], Row]]:
+    """The rows of some shards from a position on, each with its own (place in `shards`, row). Where a shard breaks,
+    the next one follows."""
+    for place in range(position[0], len(shards)):
+        first, index = position[1] if place == position[0] else 0, -1
+        try:
+            for index, row in enumerate(rows.rows(shards[place])):
+                if index >= first:
+                    yield (place, index), row
+        except Exception as error:  # a broken archive raises whatever its part does
+            name = rows.shard_names[shards[place]]
+            report(f"{name}: broken after {index + 1} examples ({type(error).__name__}: {error})")
+
+
+# ---- The stream
+
+
+class StreamBatch(NamedTuple):
+    """What a reader hands on: a batch, `None` at its end, with where it is and the problems since the last one."""
+
+    slot: int
+    batch: Batch | None
+    position: Position
+    problems: list[str]
+
+
+class ImageStream(IterableDataset):
+    r"""
+    The batches of one process, made in its workers.
+
+    Each worker of each process is a reader. With at least as many shards as readers a shard has one reader; with
+    fewer, each reader takes every n-th example of all shards. A reader shuffles blocks of `shuffle_buffer` rows, and
+    drops its last short batch. All of it, augmentation too, is decided by seed, epoch, reader and position, so that a
+    run that is resumed goes on as if it had not stopped.
+
+    Args:
+        rows ([`ShardedRows`]): The training split.
+        read ([`ReadLabelled`] or [`ReadCaptioned`]): From a row to an example, or what is wrong with it.
+        collate (`Callable`): From examples to a batch.
+        batch_size (`int`): Examples a batch of this process.
+        seed (`int`): Of order and augmentation.
+        shuffle_buffer (`int`): Rows, not decoded, that a reader shuffles together.
+        on_bad_example (`str`): `"skip"` or `"raise"`.
+        process_index, num_processes (`int`): Which process of how many.
+    """
+
+    def __init__(
+        self,
+        rows: ShardedRows,
+        read: ReadExample,
+        collate: Callable[[list[Example]], Batch],
+        batch_size: int,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        on_bad_example: str = "skip",
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.rows, self.read, self.collate = rows, read, collate
+        self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
+        self.on_bad_example = on_bad_example
+        self.process_index, self.num_processes = process_index, num_processes
+        self.epoch = 0
+        self.next_slot = 0
+        self.positions: dict[int, Position] = {}
+        self.num_slots: int | None = None
+        self.problems: dict[str, None] = {}  # those of this process, in the order of their first sight
+        self._new_problems: list[str] = []
+
+    # ---- Position, in the main process
+
+    def set_epoch(self, epoch: int) -> None:
+        """Starts an epoch. The current one goes on from where it is."""
+        if epoch != self.epoch:
+            self.epoch, self.positions, self.next_slot = epoch, {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of this process after the last batch that its loader gave: each process keeps its own."""
+        return {
+            "epoch": self.epoch,
+            "next_slot": self.next_slot,
+            "positions": {str(slot): list(position) for slot, position in self.positions.items()},
+            "readers": self._readers(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of the same process.
+
+        Raises:
+            `ValueError`: if processes, workers, seed, batch or shards are not those of the state.
+        """
+        if state["readers"] != self._readers():
+            raise ValueError(
+                f"A stream's position belongs to its readers: it was kept for {state['readers']}, and this run has "
+                f"{self._readers()}. Resume with the same, or start a new epoch with `set_epoch`."
+            )
+        self.epoch, self.next_slot = state["epoch"], state["next_slot"]
+        self.positions = {int(slot): tuple(position) for slot, position in state["positions"].items()}
+
+    def _readers(self) -> dict[str, Any]:
+        return {
+            "process_index": self.process_index,
+            "num_processes": self.num_processes,
+            "num_workers": self.num_slots,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "shuffle_buffer": self.shuffle_buffer,
+            "num_shards": len(self.rows.shard_names),
+        }
+
+    def note(self, item: StreamBatch) -> None:
+        """Keeps the position and the problems that come with a batch."""
+        for problem in item.problems:
+            if problem not in self.problems and len(self.problems) < MAX_NAMED:
+                logger.warning(f"Skipped: {problem}")
+            self.problems[problem] = None
+        self.positions[item.slot] = tuple(item.position)  # collation makes lists of tuples
+        self.next_slot = (item.slot + 1) % self.num_slots
+
+    def end_epoch(self) -> None:
+        """After the last batch of all readers: the next pass is the next epoch."""
+        self.set_epoch(self.epoch + 1)
+
+    # ---- Reading, in the workers
+
+    def __iter__(self) -> Iterator[StreamBatch]:
+        worker = get_worker_info()
+        index, num_slots = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        slot = (index + self.next_slot) % num_slots  # a resumed run goes on with the worker whose turn it was
+        position = self.positions.get(slot, (0, 0, 0))
+        for item in self._batches(slot, num_slots, position):
+            position = item.position
+            yield item
+        yield StreamBatch(slot, None, position, self._take_problems())
+        # A worker that ended would lose its turn at a moment that depends on timing, and the order with it
+        while True:
+            yield StreamBatch(slot, None, position, [])
+
+    def _batches(self, slot: int, num_slots: int, start: Position) -> Iterator[StreamBatch]:
+        reader, num_readers = self.process_index * num_slots + slot, self.num_processes * num_slots
+        examples: list[Example] = []
+        for position, row in self._shuffled(reader, num_readers, start):
+            try:
+                examples.append(self.read(row))
+            except BadExample as error:
+                self._report(f"{row['name']}: {error}")
+                continue
+            if len(examples) == self.batch_size:
+                with seeded(self.seed, self.epoch, reader, *position):
+                    batch = self.collate(examples)
+                yield StreamBatch(slot, batch, position, self._take_problems())
+                examples = []
+
+    def _shuffled(self, reader: int, num_readers: int, position: Position) -> Iterator[tuple[Position, Row]]:
+        """The reader's rows, shuffled a block at a time: to resume is to read one block again."""
+        *start, taken = position
+        rows = self._own_rows(reader, num_readers, tuple(start))
+        while block := list(islice(rows, self.shuffle_buffer)):
+            order = random_generator(self.seed, self.epoch, reader, *start).permutation(len(block))
+            for index in range(taken, len(block)):
+                yield (*start, index + 1), block[order[index]][1]
+            (place, row), taken = block[-1][0], 0
+            start = (place, row + 1)
+
+    def _own_rows(
+        self, reader: int, num_readers: int, start: tuple[int, int]
+    ) -> Iterator[tuple[tuple[int, int], Row]]:
+        names = self.rows.shard_names
+        shards = random_generator(self.seed, self.epoch).permutation(len(names)).tolist()
+        is_shared = len(shards) < num_readers
+        if not is_shared:
+            shards = shards[reader::num_readers]
+        report = self._report if not is_shared or reader == 0 else _ignore  # a shared shard is named once
+        for (place, index), row in _unbroken(self.rows, shards, report, start):
+            if is_shared and index % num_readers != reader:
+                continue
+            path = (row["image"] or {}).get("path")
+            row["name"] = f"{names[shards[place]]}, example {index}{f' ({path})' if path else ''}"
+            yield (place, index), row
+
+    def _report(self, problem: str) -> None:
+        if self.on_bad_example == "raise":
+            raise ValueError(problem)
+        self._new_problems.append(problem)
+
+    def _take_problems(self) -> list[str]:
+        problems, self._new_problems = self._new_problems, []
+        return problems
+
+
+def _ignore(problem: str) -> None:
+    """Another reader reports it."""
+
+
+def random_generator(*key: int) -> np.random.Generator:
+    """Random numbers that depend on the key alone."""
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Within it the global generators, which augmentations draw from, depend on the key alone; then they go on."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+# ---- The loader
+
+
+class StreamLoader(DataLoader):
+    """
+    The batches of a process on its device, in an order that no timing changes. `dataset` knows the position: of the
+    last batch given, whatever the workers have read ahead. Its length is that of an epoch of whole steps; processes
+    may have more or fewer batches, by what their shards hold.
+
+    Args:
+        stream ([`ImageStream`]): The data of this process.
+        num_workers (`int`): Processes that read and decode.
+        device (`torch.device`): Where batches go.
+        num_batches (`int`): Batches of a process in an epoch.
+    """
+
+    def __init__(self, stream: ImageStream, num_workers: int, device: torch.device, num_batches: int):
+        # A generator of its own: the global one, on which the model's noise hangs, must not depend on resuming
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(stream.seed),
+        )
+        self.device, self.num_batches = device, num_batches
+        stream.num_slots = max(1, num_workers)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = self.dataset
+        is_whole_epoch, is_empty = not stream.positions, True
+        items = super().__iter__()
+        ended: set[int] = set()
+        while len(ended) < stream.num_slots:
+            item = next(items)
+            stream.note(item)
+            if item.batch is None:
+                ended.add(item.slot)
+                continue
+            is_empty = False
+            yield send_to_device(item.batch, self.device, non_blocking=True)
+        if is_whole_epoch and is_empty:
+            problems = list(stream.problems)
+            raise ValueError(
+                f"Process {stream.process_index} has not one batch of {stream.batch_size} good examples a worker. "
+                + (name_problems(problems, "problems") if problems else "There are too few.")
+            )
+        stream.end_epoch()
+
+
+def make_stream_loader(
+    accelerator: Accelerator,
+    training: TrainingRecipe,
+    data: DataRecipe | CaptionDataRecipe,
+    rows: ShardedRows,
+    read: ReadExample,
+    collate: Callable[[list[Example]], Batch],
+    seed: int = 0,
+) -> StreamLoader:
+    r"""
+    The training batches of this process. Accelerate must not prepare it: it would shard the data a second time.
+
+    Raises:
+        `ValueError`: if the size of the split is not known, or is below the batch size.
+    """
+    num_examples = data.num_examples or rows.num_examples
+    if num_examples is None:
+        raise ValueError("`data.num_examples` must be given: this stream does not say how many examples it has.")
+    if num_examples < training.batch_size:
+        raise ValueError(f"`training.batch_size` is {training.batch_size}, but there are only {num_examples} images.")
+    accumulation = accelerator.gradient_accumulation_steps
+    stream = ImageStream(
+        rows,
+        read,
+        collate,
+        training.batch_size // (accumulation * accelerator.num_processes),
+        seed,
+        data.shuffle_buffer,
+        data.on_bad_example,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    steps = num_examples // training.batch_size
+    return StreamLoader(stream, training.num_workers, accelerator.device, steps * accumulation)
+
+
+def report_problems(accelerator: Accelerator, loader: StreamLoader) -> list[str]:
+    """At the end of a run: counts and names what all processes skipped, and returns it."""
+    problems = sorted(set(gather_object(list(loader.dataset.problems))))
+    if problems and accelerator.is_main_process:
+        logger.warning(name_problems(problems, "broken shards and bad examples were skipped"))
+    return problems
