@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_da
 from .data import two_columns
 from .examples import ReadCaptioned, check_caption_type, drop_bad_examples
 from .recipe import CaptionDataRecipe
-from .streaming import ShardedRows, open_shards, read_whole, shards_of_table
+from .shards import ShardedRows, open_shards, read_whole, shards_of_table
 
 
 # Of how many streamed examples the tokenizer learns, and the known pairs of neighbouring tokens are: all are too many

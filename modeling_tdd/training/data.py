@@ -10,9 +10,9 @@ from timm.data import Mixup, create_transform
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .examples import Example, ReadLabelled, drop_bad_examples, label_names
+from .examples import Batch, Example, ReadLabelled, Row, drop_bad_examples, label_names
 from .recipe import AugmentationRecipe, DataRecipe
-from .streaming import Batch, ShardedRows, check_columns, open_shards, read_whole, shards_of_table
+from .shards import ShardedRows, check_columns, find_feature, open_shards, read_whole, shards_of_table
 
 
 def load_digits_dataset() -> DatasetDict:
@@ -77,10 +77,16 @@ def two_columns(path: str, split: str, data: Dataset, columns: dict[str, str]) -
     """Of `data` the columns that are the values of `columns`, under the names that are its keys; images undecoded."""
     check_columns(path, split, data.features, columns)
     data = data.cast_column(columns["image"], Image(decode=False))
-    if any(column not in data.features for column in columns.values()):
-        data = data.flatten()  # `json.caption` becomes a column
+    for source in set(columns.values()) - set(data.features):  # `json.caption`, a key of a column
+        parent, _, key = source.partition(".")
+        features = Features({**data.features, source: find_feature(data.features, source)})
+        data = data.map(_copy_key, fn_kwargs={"parent": parent, "key": key, "name": source}, features=features)
     data = data.select_columns(list(columns.values()))
     return data.rename_columns({source: name for name, source in columns.items()})
+
+
+def _copy_key(row: Row, parent: str, key: str, name: str) -> Row:
+    return {name: (row[parent] or {}).get(key)}
 
 
 def _drop_bad(recipe: DataRecipe, split: str, data: Dataset, names: list[str]) -> Dataset:

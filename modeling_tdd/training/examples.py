@@ -7,12 +7,14 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
+from torch import Tensor
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 Example = dict[str, Any]
+Batch = dict[str, Tensor]
 Row = dict[str, Any]
 
 MAX_NAMED = 10  # bad examples that a message names
