@@ -23,27 +23,39 @@ from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, nearest_c
 from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
 from modeling_tdd.evaluation.step_curves import read_results, score_table
 from modeling_tdd.processing_tdd import TDDProcessor
-from modeling_tdd.training.caption_data import load_caption_data
-from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
-from modeling_tdd.training.data import Batch, Example, build_train_transform
+from modeling_tdd.training.caption_data import load_caption_data, open_caption_shards, sample_captions
+from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args, recipe_method
+from modeling_tdd.training.data import build_train_transform
+from modeling_tdd.training.examples import Batch, Example, ReadCaptioned
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
 from modeling_tdd.training.results import save_checkpoint, write_json
+from modeling_tdd.training.shards import ShardedRows
+from modeling_tdd.training.streaming import make_stream_loader, report_problems
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
 Captioner = TDDForCaptioning | AutoregressiveCaptioner
 
 
-def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
+def make_processor(recipe: CaptionRecipe, captions: list[str]) -> TDDProcessor:
     """The encoder's image processor, or one of the recipe, with a tokenizer trained on the training captions."""
-    captions = [caption for captions in data[recipe.data.train_split]["captions"] for caption in captions]
     tokenizer = train_tokenizer(captions, **recipe.tokenizer)
     tokenizer.model_max_length = recipe.model["max_position_embeddings"]
     if recipe.encoder is not None:
         return TDDProcessor(AutoImageProcessor.from_pretrained(recipe.encoder), tokenizer)
     return TDDProcessor(ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True), tokenizer)
+
+
+def training_captions(
+    accelerator: Accelerator, recipe: CaptionRecipe, data: DatasetDict, rows: ShardedRows | None = None
+) -> list[str]:
+    """All captions of the training split, or those of a streamed one's first examples."""
+    if rows is None:
+        return [caption for captions in data[recipe.data.train_split]["captions"] for caption in captions]
+    with accelerator.main_process_first():
+        return sample_captions(recipe.data, rows)
 
 
 def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> Captioner:
@@ -105,8 +117,8 @@ def make_examples(
     folder: Path,
     accelerator: Accelerator,
 ) -> dict[str, Dataset]:
-    """Each split as it is or, for a frozen encoder, as cached features: view 0 of the pictures as they are, others of
-    augmented ones."""
+    """Each split that is not streamed as it is or, for a frozen encoder, as cached features: view 0 of the pictures as
+    they are, others of augmented ones."""
     if not recipe.model.get("freeze_encoder", False):
         return dict(data)
     examples = {}
@@ -146,20 +158,26 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
     folder = output_dir / f"{method}-seed{seed}"
     accelerator = make_accelerator(recipe.training)
     data = load_caption_data(recipe.data)
-    processor = make_processor(recipe, data)
+    rows = open_caption_shards(recipe.data) if recipe.data.streaming else None
+    captions = training_captions(accelerator, recipe, data, rows)
+    processor = make_processor(recipe, captions)
     model = make_model(recipe, method, processor)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     accelerator.print(f"{method}, seed {seed}: {trainable:.2f} M trainable parameters")
     examples = make_examples(recipe, model, processor.image_processor, data, output_dir / "features", accelerator)
     transform = build_train_transform(recipe.augmentation, processor.image_processor)
     collate, eval_collate = CaptionCollator(processor, transform), CaptionCollator(processor)
-    train_split = recipe.data.train_split
-    train_loader = make_loader(accelerator, recipe.training, examples[train_split], collate, shuffle=True, seed=seed)
+    if rows is None:
+        train_data = examples[recipe.data.train_split]
+        train_loader = make_loader(accelerator, recipe.training, train_data, collate, shuffle=True, seed=seed)
+    else:
+        read = ReadCaptioned(recipe.data.lower_case)
+        train_loader = make_stream_loader(accelerator, recipe.training, recipe.data, rows, read, collate, seed)
     loaders = {
         split: make_loader(accelerator, recipe.training, examples[split], eval_collate, shuffle=False)
         for split in recipe.data.eval_splits
     }
-    seen = seen_bigrams(caption for captions in data[train_split]["captions"] for caption in captions)
+    seen = seen_bigrams(captions)
 
     def score(model: Captioner, split: str, **settings: Any) -> dict[str, float]:
         predictions = caption_split(accelerator, model, processor, loaders[split], **settings)
@@ -173,6 +191,8 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
         evaluate=lambda model: score(model, recipe.data.eval_splits[0])["token_f1"],
         description=f"{method} seed {seed}",
     )
+    if rows is not None:
+        report_problems(accelerator, train_loader)
     scores = [
         {"split": split, **settings, **score(model, split, **settings)}
         for index, split in enumerate(loaders)
@@ -189,7 +209,8 @@ def run_nearest(recipe: CaptionRecipe, seed: int, output_dir: Path) -> None:
     """Scores the captions of the nearest training pictures. Nothing is trained or drawn: all seeds are the same."""
     accelerator = make_accelerator(recipe.training)
     data = load_caption_data(recipe.data)
-    processor = make_processor(recipe, data)
+    captions = training_captions(accelerator, recipe, data)
+    processor = make_processor(recipe, captions)
     model = make_model(recipe, "nearest", processor)
     plain = replace(recipe, feature_views=1)  # the pictures as they are
     examples = make_examples(plain, model, processor.image_processor, data, output_dir / "features", accelerator)
@@ -197,7 +218,7 @@ def run_nearest(recipe: CaptionRecipe, seed: int, output_dir: Path) -> None:
         examples[recipe.data.train_split].views[0],
         data[recipe.data.train_split]["captions"],
     )
-    seen = seen_bigrams(caption for captions in train_captions for caption in captions)
+    seen = seen_bigrams(captions)
     scores = []
     for split in recipe.data.eval_splits:
         features = examples[split].views[0]
@@ -214,11 +235,15 @@ def main() -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set, task="captioning")
     frozen = recipe.encoder is not None and recipe.model.get("freeze_encoder", False)
-    if "nearest" in args.methods and not frozen:
-        raise ValueError("`nearest` needs features of a pretrained encoder: set `encoder` and `model.freeze_encoder`.")
+    methods = args.methods or [recipe_method(recipe.model)]
+    if "nearest" in methods and (not frozen or recipe.data.streaming):
+        raise ValueError(
+            "`nearest` needs features of a pretrained encoder, and all of them: set `encoder` and "
+            "`model.freeze_encoder`, and leave out `data.streaming`."
+        )
     output_dir = args.output_dir or Path("outputs") / recipe.name
     # Without anything random the floor needs no second seed.
-    runs = [(m, seed) for m in args.methods for seed in (args.seeds[:1] if m == "nearest" else args.seeds)]
+    runs = [(m, seed) for m in methods for seed in (args.seeds[:1] if m == "nearest" else args.seeds)]
     folders = {(method, seed): output_dir / f"{method}-seed{seed}" for method, seed in runs}
     for (method, seed), folder in folders.items():
         if (folder / "result.json").exists():

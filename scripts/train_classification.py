@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, pipeline
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
-from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
+from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args, recipe_method
 from modeling_tdd.training.data import (
     EvalCollator,
     TrainCollator,
@@ -25,9 +25,11 @@ from modeling_tdd.training.data import (
     build_train_transform,
     load_classification_data,
 )
+from modeling_tdd.training.examples import ReadLabelled
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import EvaluationRecipe, Recipe, load_recipe
 from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
+from modeling_tdd.training.streaming import make_stream_loader, report_problems
 
 
 @torch.inference_mode()
@@ -64,8 +66,7 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
     train_data, eval_data, names = load_classification_data(recipe.data)
     image_processor = ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)
     config = TDDConfig(
-        **recipe.model,
-        corruption=CORRUPTIONS[method],
+        **{**recipe.model, "corruption": CORRUPTIONS[method]},
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
@@ -74,7 +75,11 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
     collate = TrainCollator(
         build_train_transform(recipe.augmentation, image_processor), build_mixup(recipe.augmentation, len(names))
     )
-    train_loader = make_loader(accelerator, recipe.training, train_data, collate, shuffle=True, seed=seed)
+    if recipe.data.streaming:
+        read = ReadLabelled(len(names))
+        train_loader = make_stream_loader(accelerator, recipe.training, recipe.data, train_data, read, collate, seed)
+    else:
+        train_loader = make_loader(accelerator, recipe.training, train_data, collate, shuffle=True, seed=seed)
     eval_loader = make_loader(accelerator, recipe.training, eval_data, EvalCollator(image_processor), shuffle=False)
     model = train(
         accelerator,
@@ -84,6 +89,8 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
         evaluate=lambda model: accuracy(accelerator, model, eval_loader),
         description=f"{method} seed {seed}",
     )
+    if recipe.data.streaming:
+        report_problems(accelerator, train_loader)
     grid = accuracy_grid(accelerator, model, eval_loader, recipe.evaluation)
     if accelerator.is_main_process:
         save_checkpoint(folder, model, image_processor)
@@ -123,7 +130,8 @@ def main() -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     recipe = load_recipe(args.recipe, args.set)
     output_dir = args.output_dir or Path("outputs") / recipe.name
-    folders = {(m, s): output_dir / f"{m}-seed{s}" for m in args.methods for s in args.seeds}
+    methods = args.methods or [recipe_method(recipe.model)]
+    folders = {(m, s): output_dir / f"{m}-seed{s}" for m in methods for s in args.seeds}
     for (method, seed), folder in folders.items():
         if (folder / "result.json").exists():
             state.print(f"{folder} is done already.")

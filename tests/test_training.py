@@ -27,7 +27,7 @@ from modeling_tdd.training.results import mean_and_spread, save_checkpoint, writ
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "scripts/recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "scripts/recipes").rglob("*.yaml"))
 SCRIPT = [str(ROOT / "scripts/train_classification.py"), str(ROOT / "scripts/recipes/digits.yaml")]
 
 

@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
@@ -17,13 +18,23 @@ def parse_comparison_args(description: str, example: str, other_methods: Sequenc
         other_methods (`Sequence[str]`, *optional*): Methods beside the keys of `CORRUPTIONS`.
 
     Returns:
-        `argparse.Namespace`: `recipe`, `methods`, `seeds`, `output_dir` and `set`.
+        `argparse.Namespace`: `recipe`, `methods` (`None` where not given: see [`recipe_method`]), `seeds`,
+        `output_dir` and `set`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help=f"YAML file, such as {example}")
     methods = [*CORRUPTIONS, *other_methods]
-    parser.add_argument("--methods", nargs="+", choices=methods, default=["tdd"], help="what to train")
+    parser.add_argument("--methods", nargs="+", choices=methods, help="what to train; the recipe's by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
     return parser.parse_args()
+
+
+def recipe_method(model: dict[str, Any]) -> str:
+    """The method, a key of `CORRUPTIONS`, that a recipe's section `model` is for."""
+    corruption = model.get("corruption", CORRUPTIONS["tdd"])
+    methods = {value: key for key, value in CORRUPTIONS.items()}
+    if corruption not in methods:
+        raise ValueError(f"`model.corruption` must be one of {', '.join(methods)}, got {corruption!r}.")
+    return methods[corruption]
