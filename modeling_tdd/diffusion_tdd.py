@@ -308,7 +308,9 @@ def noise_factor(weight: Tensor) -> Tensor:
         return weight
     # Autocast would square W in half precision, where the product need not be positive definite.
     with torch.autocast(weight.device.type, enabled=False):
-        gram = weight.T @ weight
+        # Half the gradient of W^T W, doubled: the factor's is symmetric, so both halves are one product of O(K d^2)
+        half = weight.detach().T @ weight
+        gram = 2 * half - half.detach()
         # What rounding can take from the smallest eigenvalue; it widens the noise by less than one part in 10^4.
         finfo = torch.finfo(gram.dtype)
         jitter = finfo.eps * gram.diagonal().sum() + finfo.tiny

@@ -7,44 +7,51 @@ Add a benchmark by writing a function from the parsed arguments to `Result`s and
 
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modeling_tdd import TDDConfig, TDDForCaptioning
 from modeling_tdd.diffusion_tdd import GaussianCorruption, noise_factor
 
 
 @dataclass
 class Result:
-    """A baseline and a candidate for one job: medians of their times, and the size of one draw of their noise."""
+    """A baseline and a candidate for one job: medians of their times, and their memory, of the kind that is named."""
 
     benchmark: str
     job: str
     names: tuple[str, str]
     milliseconds: list[float]
-    noise_mib: list[float]
+    mebibytes: list[float]
+    memory: str
     speedup: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.speedup = self.milliseconds[0] / self.milliseconds[1]
 
 
-def time_in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def time_in_turns(
+    functions: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Medians, in milliseconds, of `repeats` runs of each function after one run that does not count."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, own_times in zip(functions, times):
-            start = time.perf_counter()
+            start = clock()
             function()
             if repeat > 0:
-                own_times.append(1e3 * (time.perf_counter() - start))
+                own_times.append(1e3 * (clock() - start))
     return [statistics.median(own_times) for own_times in times]
 
 
@@ -90,11 +97,101 @@ def benchmark_noise(args: argparse.Namespace) -> list[Result]:
         noise_mib = [4 * min(args.chunk, n) * num_categories / 2**20, 4 * n * factor.shape[0] / 2**20]
         for job, functions in jobs.items():
             times = time_in_turns(functions, repeats)
-            results.append(Result("noise", f"{n} tokens, {job}", ("dense", "projected"), times, noise_mib))
+            results.append(Result("noise", f"{n} tokens, {job}", ("dense", "projected"), times, noise_mib, "noise"))
     return results
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Result]]] = {"noise": benchmark_noise}
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that a call adds to a process at its peak: of resident memory, in a forked child that does nothing else."""
+
+    def measure(connection: Connection) -> None:
+        # Of this process from the fork on: Linux starts the peak at what is resident then
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function()
+        connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=measure, args=(sender,))
+    child.start()
+    sender.close()
+    mebibytes = receiver.recv()  # raises where the child failed
+    child.join()
+    return mebibytes
+
+
+def caption_config(args: argparse.Namespace, corruption: str) -> TDDConfig:
+    """The paper's denoiser for captions. Features come ready, so the encoder is there in name only."""
+    tiny = {"model_type": "vit", "image_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    return TDDConfig(
+        vision_config=tiny,
+        freeze_encoder=True,
+        pooling=None,
+        corruption=corruption,
+        hidden_size=args.width,
+        vocab_size=args.categories,
+        max_position_embeddings=args.caption_length,
+        timesteps_per_image=args.timesteps_per_image,
+        pad_token_id=0,
+        eos_token_id=2,
+        loss_weighting="none",
+    )
+
+
+def benchmark_step(args: argparse.Namespace) -> list[Result]:
+    """A captioner's training step (forward, backward, AdamW) from ready image features: TDD with noise drawn in d
+    dimensions against dense noise on one-hot vectors, and against MDD on the same network."""
+    features = torch.randn(args.batch_size, args.image_tokens, 768)
+    labels = torch.randint(3, args.categories, (args.batch_size, args.caption_length))
+    models = {name: TDDForCaptioning(caption_config(args, name)).train() for name in ("gaussian", "mask")}
+    optimizers = {
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        for name, model in models.items()
+    }
+    denoiser = models["gaussian"].model.denoiser
+    projected = denoiser.corruption
+
+    def dense() -> GaussianCorruption:
+        return GaussianCorruption(denoiser.token_embedding.weight, denoiser.alpha_bar, 1.0, "none", dense=True)
+
+    def step(name: str, corruption: Callable[[], GaussianCorruption] = projected) -> None:
+        denoiser.corruption = corruption
+        models[name](image_features=features, labels=labels).loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+    def noise_path(corruption: Callable[[], GaussianCorruption]) -> None:
+        rows = args.batch_size * args.timesteps_per_image
+        process = corruption()
+        timesteps = torch.randint(1, denoiser.config.num_timesteps + 1, (rows,))
+        noise = process.draw_noise(rows, args.caption_length)
+        targets = labels.repeat_interleave(args.timesteps_per_image, dim=0)
+        process.corrupt(targets, timesteps, noise).inputs_embeds.sum().backward()
+        denoiser.zero_grad()
+
+    steps = {"MDD": partial(step, "mask"), "TDD": partial(step, "gaussian"), "dense": partial(step, "gaussian", dense)}
+    paths = {"TDD": partial(noise_path, projected), "dense": partial(noise_path, dense)}
+    # Time of this process, so that others on the machine do not count
+    times = dict(zip(steps, time_in_turns(list(steps.values()), args.step_repeats, time.process_time)))
+    path_times = dict(zip(paths, time_in_turns(list(paths.values()), args.step_repeats, time.process_time)))
+    memory = {name: peak_memory(run) for name, run in steps.items()}
+    path_memory = {name: peak_memory(run) for name, run in paths.items()}
+
+    def result(job: str, names: tuple[str, str], times: dict[str, float], memory: dict[str, float]) -> Result:
+        values = [times[name] for name in names], [memory[name] for name in names]
+        return Result("step", job, names, *values, "peak of resident memory")
+
+    return [
+        result("a training step, TDD against MDD", ("MDD", "TDD"), times, memory),
+        result("a training step, against dense noise", ("dense", "TDD"), times, memory),
+        result("the noise path, forward and backward", ("dense", "TDD"), path_times, path_memory),
+    ]
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
+    "noise": benchmark_noise,
+    "step": benchmark_step,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,6 +212,12 @@ def parse_args() -> argparse.Namespace:
     noise.add_argument(
         "--chunk", type=int, default=1024, help="rows of the dense path at a time, which bound its memory"
     )
+    step = parser.add_argument_group("step")
+    step.add_argument("--batch-size", type=int, default=64, help="images a step")
+    step.add_argument("--caption-length", type=int, default=32, help="N, tokens a caption")
+    step.add_argument("--timesteps-per-image", type=int, default=1, help="1 is the hardest for TDD: its factor's cost")
+    step.add_argument("--image-tokens", type=int, default=49, help="image tokens, those of a ViT-B/32 by default")
+    step.add_argument("--step-repeats", type=int, default=3, help="timed runs of each step")
     args = parser.parse_args()
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         parser.error(f"unknown benchmarks {sorted(unknown)}: choose from {', '.join(BENCHMARKS)}")
@@ -126,12 +229,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = [result for name in args.benchmarks for result in BENCHMARKS[name](args)]
-    print(f"{'job':<62} {'baseline':>18} {'candidate':>20} {'speed-up':>9}   noise tensor, MiB")
+    print(f"{'job':<62} {'baseline':>18} {'candidate':>20} {'speed-up':>9}   memory, MiB")
     for result in results:
         baseline, candidate = (f"{name} {ms:.1f} ms" for name, ms in zip(result.names, result.milliseconds))
-        noise = " to ".join(f"{mib:.1f}" for mib in result.noise_mib)
-        print(f"{result.job:<62} {baseline:>18} {candidate:>20} {result.speedup:>8.1f}x   {noise}")
-    print("Noise tensor: the bytes of one draw of the noise, computed from its shape; other temporaries come on top.")
+        memory = " to ".join(f"{mib:.1f}" for mib in result.mebibytes) + f" ({result.memory})"
+        print(f"{result.job:<62} {baseline:>18} {candidate:>20} {result.speedup:>8.2f}x   {memory}")
+    print("noise: the bytes of one draw of it, computed from its shape; other temporaries come on top.")
+    print("peak of resident memory: what a call adds, measured in a process of its own. Steps: processor time.")
     setting = {"threads": args.threads, "torch": torch.__version__, "machine": platform.machine()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"setting": setting, "results": [asdict(r) for r in results]}, indent=2) + "\n")

@@ -134,13 +134,13 @@ def training_cost(model: Model, image_size: tuple[int, int], precision: str = "n
         model ([`TDDForImageClassification`] or [`TDDForCaptioning`]):
             With its configuration's K and N. The features of a frozen encoder are taken to be cached.
         image_size (`tuple[int, int]`): Height and width of the training views.
-        precision (`str`, *optional*, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`; decides the activations' memory.
+        precision (`str`, *optional*, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`; for the activations' memory.
 
     Returns:
         [`StepCost`]
     """
     with _fake_copy(model, "eager") as copy:  # eager attention is made of products that PyTorch counts on any device
-        features = _features(copy, image_size, 1)
+        features = _features(copy, image_size, 1).detach().requires_grad_(not copy.config.freeze_encoder)
         encoder = _count(lambda: _features(copy, image_size, 1), copy.config.freeze_encoder)
         prefix = Operations()
         if copy.model.denoiser is not None:
