@@ -101,6 +101,7 @@ class Machine:
         operations_per_second (`float`): Sustained in forward and backward passes, of one device.
         bytes_per_second (`float`): Sustained in elementwise updates, of one device.
         overhead (`float`): Seconds a device batch costs whatever its size.
+        precision (`str`): Of the passes.
         basis (`str`): Where the figures are from.
     """
 
@@ -109,6 +110,7 @@ class Machine:
     operations_per_second: float
     bytes_per_second: float
     overhead: float = 0.0
+    precision: str = "bf16"
     basis: str = ""
 
     def step_seconds(self, cost: StepCost, images: int, accumulation: int = 1) -> float:
@@ -122,7 +124,9 @@ class Machine:
 MACHINES = {
     "h100x8": Machine("H100 80 GB SXM", 8, 989e12 / 3, 2.3e12, basis="a third of 989 TFLOP/s in bf16 (assumed)"),
     "a100x8": Machine("A100 80 GB SXM", 8, 312e12 / 3, 1.4e12, basis="a third of 312 TFLOP/s in bf16 (assumed)"),
-    "cpu2": Machine("2 cores, AVX2", 1, 90e9, 10e9, basis="two thirds of the 145 GFLOP/s measured in float32"),
+    "cpu2": Machine(
+        "2 cores, AVX2", 1, 90e9, 10e9, precision="no", basis="two thirds of the 145 GFLOP/s measured in float32"
+    ),
 }
 
 
@@ -247,9 +251,8 @@ def measure_machine(
     seconds = [median_seconds(lambda batch=batch: model(**batch).loss.backward(), clock) for batch in batches]
     rate = (cost.operations(large) - cost.operations(small)) / max(seconds[1] - seconds[0], 1e-9)
     overhead = max(0.0, seconds[0] - cost.operations(small) / rate)
-    return Machine(
-        "this machine", 1, rate, cost.update_bytes() / median_seconds(update, clock), overhead, "measured now"
-    )
+    traffic = cost.update_bytes() / median_seconds(update, clock)
+    return Machine("this machine", 1, rate, traffic, overhead, precision="no", basis="measured now")
 
 
 def median_seconds(run: Callable[[], object], clock: Callable[[], float], repeats: int = 5) -> float:

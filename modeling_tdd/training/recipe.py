@@ -25,7 +25,8 @@ class _ImageData:
         num_proc (`int`, *optional*): Processes that look for bad examples, once a data set that is not streamed.
         streaming (`bool`): Whether the training split is read shard by shard as training goes. The splits to evaluate
             on are read whole, and kept on disc by `datasets`.
-        num_examples (`int`, *optional*): Size of a streamed training split, where it does not say so itself.
+        num_examples (`int`, *optional*): Size of a streamed training split, where it does not say so itself; and for
+            `scripts/estimate.py`, which reads no data.
         shuffle_buffer (`int`): Streamed examples, not decoded, that each worker shuffles together.
     """
 
@@ -56,7 +57,8 @@ class DataRecipe(_ImageData):
     Args:
         eval_split (`str`): Name of the split to evaluate on.
         label_column (`str`): Name of the column of labels. `json.label` is the key `label` of a column `json`.
-        num_labels (`int`, *optional*): How many labels there are, where the column holds plain integers.
+        num_labels (`int`, *optional*): How many labels there are, where the column holds plain integers; and for
+            `scripts/estimate.py`, which reads no data.
     """
 
     eval_split: str = "validation"
