@@ -14,6 +14,7 @@ from transformers import ViTImageProcessor, pipeline
 
 import modeling_tdd  # noqa: F401 - registers the Auto classes
 from modeling_tdd import TDDConfig
+from modeling_tdd.training.cli import recipe_method
 from modeling_tdd.training.data import (
     EvalCollator,
     TrainCollator,
@@ -89,6 +90,47 @@ def test_missing_parts_of_a_recipe_are_named(tmp_path):
     file.write_text(yaml.dump(tree))
     with pytest.raises(ValueError, match="lacks the section `model`"):
         load_recipe(file)
+
+
+def test_a_recipe_changes_its_base_key_by_key(tmp_path):
+    (tmp_path / "bases").mkdir()
+    tree = yaml.safe_load(Path(SCRIPT[1]).read_text())
+    tree["data"] = {"path": "parquet", "data_dir": "pictures", "data_files": {"train": "train.parquet"}}
+    (tmp_path / "bases/plain.yaml").write_text(yaml.dump(tree))
+    (tmp_path / "bases/longer.yaml").write_text("base: plain.yaml\ntraining: {epochs: 7, warmup_epochs: 1}")
+    file = tmp_path / "small.yaml"
+    file.write_text(
+        "base: bases/longer.yaml\n"
+        "model: {vision_config: {num_hidden_layers: 1}}\n"
+        "data: {data_files: {validation: held_out.parquet}}\n"
+        "training: {epochs: 3}\n"
+    )
+    recipe, plain = load_recipe(file, ["training.batch_size=16"]), load_recipe(tmp_path / "bases/plain.yaml")
+    assert recipe.name == "small"
+    assert (recipe.training.epochs, recipe.training.warmup_epochs, recipe.training.batch_size) == (3, 1, 16)
+    assert recipe.model["vision_config"] == {**plain.model["vision_config"], "num_hidden_layers": 1}
+    # A path starts at the folder of the recipe that names it
+    assert recipe.data.data_dir == str(tmp_path / "bases/pictures")
+    assert recipe.data.data_files == {
+        "train": str(tmp_path / "bases/train.parquet"),
+        "validation": str(tmp_path / "held_out.parquet"),
+    }
+
+
+def test_bases_that_are_missing_or_go_round_are_named(tmp_path):
+    (tmp_path / "one.yaml").write_text("base: two.yaml")
+    with pytest.raises(ValueError, match="There is no recipe .*two.yaml, the base of .*one.yaml"):
+        load_recipe(tmp_path / "one.yaml")
+    (tmp_path / "two.yaml").write_text("base: one.yaml")
+    with pytest.raises(ValueError, match="each other's base: .*one.yaml -> .*two.yaml -> .*one.yaml"):
+        load_recipe(tmp_path / "one.yaml")
+
+
+@pytest.mark.parametrize("model", [{}, {"corruption": "gaussian"}, {"corruption": "mask"}])
+def test_the_method_is_the_recipes(model):
+    assert recipe_method(model) == ("mdd" if model.get("corruption") == "mask" else "tdd")
+    with pytest.raises(ValueError, match="`model.corruption` must be one of gaussian, mask, got 'blur'"):
+        recipe_method({**model, "corruption": "blur"})
 
 
 # ---- Data
