@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_da
 from .data import two_columns
 from .examples import ReadCaptioned, check_caption_type, drop_bad_examples
 from .recipe import CaptionDataRecipe
-from .shards import ShardedRows, open_shards, read_whole, shards_of_table
+from .shards import TABLES, ShardedRows, open_shards, read_whole, shards_of_table
 
 
 # Of how many streamed examples the tokenizer learns, and the known pairs of neighbouring tokens are: all are too many
@@ -43,7 +43,7 @@ def load_caption_data(recipe: CaptionDataRecipe) -> DatasetDict:
 
 def open_caption_shards(recipe: CaptionDataRecipe) -> ShardedRows:
     """The training split for [`make_stream_loader`], with the columns `image` and `captions`."""
-    if _is_table_of_paths(recipe):
+    if recipe.path in TABLES:
         return shards_of_table(_load_split(recipe, recipe.train_split), "captions")
     rows = open_shards(recipe, recipe.train_split, "captions")
     check_caption_type(recipe.caption_column, rows.feature)
@@ -58,18 +58,13 @@ def sample_captions(recipe: CaptionDataRecipe, rows: ShardedRows) -> list[str]:
     return [caption.lower() if recipe.lower_case else caption for caption in captions if caption]
 
 
-def _is_table_of_paths(recipe: CaptionDataRecipe) -> bool:
-    """Whether the data lie on disc as single images, so that a table of their paths is all there is to load."""
-    return recipe.path in ("coco", "imagefolder")
-
-
 def _load_split(recipe: CaptionDataRecipe, split: str) -> Dataset:
     """The columns `image`, not decoded, and `captions`."""
     if recipe.path == "coco":
         if recipe.data_dir is None:
             raise ValueError("`data.path: coco` needs `data.data_dir`, the folder that holds `annotations/`.")
         return _load_coco_split(Path(recipe.data_dir), split)
-    if recipe.streaming and not _is_table_of_paths(recipe):
+    if recipe.streaming and recipe.path not in TABLES:
         rows = open_shards(recipe, split, "captions")
         check_caption_type(recipe.caption_column, rows.feature)
         return read_whole(rows, "captions")

@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor
 
 from .examples import Batch, Example, ReadLabelled, Row, drop_bad_examples, label_names
 from .recipe import AugmentationRecipe, DataRecipe
-from .shards import ShardedRows, check_columns, find_feature, open_shards, read_whole, shards_of_table
+from .shards import TABLES, ShardedRows, check_columns, find_feature, open_shards, read_whole, shards_of_table
 
 
 def load_digits_dataset() -> DatasetDict:
@@ -46,19 +46,17 @@ def load_classification_data(recipe: DataRecipe) -> tuple[Dataset | ShardedRows,
         `ValueError`: if a split or a column is missing, there are no names or number of labels, a split has no good
             example, or, with `on_bad_example="raise"`, there is a bad one.
     """
-    # A folder of images is a list of paths: its shards are made of the table, not of the folder's order
-    if recipe.streaming and recipe.path not in ("digits", "imagefolder"):
+    if recipe.streaming and recipe.path not in TABLES:
         train = open_shards(recipe, recipe.train_split, "label")
         held_out = read_whole(open_shards(recipe, recipe.eval_split, "label"), "label")
         names = label_names(recipe.label_column, train.feature, recipe.num_labels)
     else:
         train, held_out = (_load_split(recipe, split) for split in (recipe.train_split, recipe.eval_split))
         names = label_names(recipe.label_column, train.features["label"], recipe.num_labels)
-        train = (
-            shards_of_table(train, "label")
-            if recipe.streaming
-            else _drop_bad(recipe, recipe.train_split, train, names)
-        )
+        if recipe.streaming:
+            train = shards_of_table(train, "label")
+        else:
+            train = _drop_bad(recipe, recipe.train_split, train, names)
     return train, _drop_bad(recipe, recipe.eval_split, held_out, names), names
 
 

@@ -16,6 +16,8 @@ from .recipe import CaptionDataRecipe, DataRecipe
 
 logger = logging.get_logger(__name__)
 
+# Data that are a table to `datasets`, of single images on disc or of a few in memory: shards are made of its rows
+TABLES = ("digits", "imagefolder", "coco")
 NUM_TABLE_SHARDS = 1024
 
 
