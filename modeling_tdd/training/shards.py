@@ -22,7 +22,7 @@ NUM_TABLE_SHARDS = 1024
 
 
 class ShardedRows(NamedTuple):
-    """The rows of one split, a shard at a time, with the columns `image` (not decoded) and `name`."""
+    """The rows of one split, a shard at a time: `image`, not decoded, and one more column."""
 
     shards: datasets.IterableDataset
     shard_names: list[str]
