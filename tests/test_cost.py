@@ -2,7 +2,7 @@
 """Parameters of the paper's tables, the cost of a training step, and scripts/estimate.py as users run it."""
 
 import re
-import subprocess
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -190,11 +190,17 @@ def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_confi
 # ---- The script
 
 
-def test_script_measures_and_prints_its_formula(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/estimate.py"), str(RECIPES / "digits.yaml"), "--measure"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| encoder, an image" in done.stdout and "measured now" in done.stdout
-    assert "epoch = 22 steps x step = " in done.stdout and "training = 50 epochs = " in done.stdout
-    step, images = re.search(r"= ([\d.e-]+) s for (\d+) images", done.stdout).groups()
+def test_script_measures_and_prints_its_formula(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "digits.yaml"), "--measure"])
+    runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "| encoder, an image" in output and "measured now" in output
+    assert "epoch = 22 steps x step = " in output and "training = 50 epochs = " in output
+    step, images = re.search(r"= ([\d.e-]+) s for (\d+) images", output).groups()
     assert int(images) == 64 and 1e-4 < float(step) < 60
+
+
+def test_script_needs_to_know_how_many_categories(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "emoji_subgroups.yaml")])
+    with pytest.raises(ValueError, match="does not say how many labels there are: give `--categories`"):
+        runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
