@@ -82,7 +82,7 @@ def measure(config: TDDConfig, size: tuple[int, int], cost: StepCost, images: in
     batches = [example_batch(config, size, max(1, images // 4 * part), device) for part in (1, 2)]
     if config.freeze_encoder:  # training reads its features from disc
         for batch in batches:
-            batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values"))
+            batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
     return measure_machine(model, batches, cost, time.perf_counter)
 
 

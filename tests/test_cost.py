@@ -116,7 +116,7 @@ def test_a_frozen_encoder_costs_nothing(make_captioner):
     model = make_captioner(freeze_encoder=True, condition_dropout=0.0).train()
     model.set_attn_implementation("eager")
     batch = batch_of(model, 3)
-    batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values"))
+    batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
     cost = training_cost(model, (16, 16))
     assert cost.encoder.total == 0 and cost.operations(3) == count_step(model, **batch)
     assert cost.parameters - cost.trainable == sum(p.numel() for p in model.model.encoder.parameters())

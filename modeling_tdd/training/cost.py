@@ -180,7 +180,7 @@ def _fake_copy(model: Model, attention: str) -> Iterator[Model]:
 
 def _features(model: Model, image_size: tuple[int, int], rows: int) -> Tensor:
     channels = getattr(model.config.vision_config, "num_channels", 3)
-    return model.model.get_image_features(torch.empty(rows, channels, *image_size))
+    return model.model.get_image_features(torch.empty(rows, channels, *image_size), return_dict=True).pooler_output
 
 
 def _loss(model: Model, features: Tensor) -> Tensor:
