@@ -12,6 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4.0",
+    "peft>=0.17",
     "pyyaml>=6.0",
     "scikit-learn>=1.5",
     "timm>=1.0.15",

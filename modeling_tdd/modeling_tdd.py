@@ -112,6 +112,9 @@ class TDDCaptioningOutput(ModelOutput):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
             As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
+        encoder_last_hidden_state (`torch.FloatTensor`, *optional*, in eval mode with `labels`):
+            As in [`TDDModelOutput`]. `generate` takes it as `image_features`: loss and captions of a batch from one
+            encoding of its images.
     """
 
     loss: torch.FloatTensor | None = None
@@ -119,6 +122,7 @@ class TDDCaptioningOutput(ModelOutput):
     prefix_key_values: KeyValues | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
 
 
 # ---- Denoiser
@@ -1041,11 +1045,12 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             )
         targets = self._fill_labels(labels)
         is_padding = targets == self.config.pad_token_id
-        prefix = self.model.get_prefix(pixel_values, image_features)
+        if pixel_values is not None and image_features is None:
+            pixel_values, image_features = None, self.model.get_image_features(pixel_values)
         outputs = diffusion_loss(
             self.model.denoiser,
             self.lm_head,
-            prefix,
+            self.model.get_prefix(pixel_values, image_features),
             targets,
             timesteps,
             noise,
@@ -1057,6 +1062,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             logits=outputs.logits.mean(1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            encoder_last_hidden_state=None if self.training else image_features,
         )
 
     def _fill_labels(self, labels: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, nearest_c
 from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
 from modeling_tdd.evaluation.step_curves import read_results, score_table
 from modeling_tdd.processing_tdd import TDDProcessor
-from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.caption_data import CaptionCollator, load_caption_data
 from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args
-from modeling_tdd.training.data import Batch, Example, build_train_transform
+from modeling_tdd.training.data import Example, build_train_transform
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
@@ -38,6 +38,8 @@ Captioner = TDDForCaptioning | AutoregressiveCaptioner
 
 def make_processor(recipe: CaptionRecipe, data: DatasetDict) -> TDDProcessor:
     """The encoder's image processor, or one of the recipe, with a tokenizer trained on the training captions."""
+    if recipe.model_checkpoint is not None:
+        return TDDProcessor.from_pretrained(recipe.model_checkpoint)
     captions = [caption for captions in data[recipe.data.train_split]["captions"] for caption in captions]
     tokenizer = train_tokenizer(captions, **recipe.tokenizer)
     tokenizer.model_max_length = recipe.model["max_position_embeddings"]
@@ -56,6 +58,8 @@ def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> C
     }
     if method in CORRUPTIONS:
         fields["corruption"] = CORRUPTIONS[method]
+    if recipe.model_checkpoint is not None:
+        return model_class.from_pretrained(recipe.model_checkpoint, **fields)
     if recipe.encoder is not None:
         return model_class.from_encoder_pretrained(recipe.encoder, **fields)
     return model_class(model_class.config_class(**fields))
@@ -74,27 +78,6 @@ class CachedExamples(Dataset):
     def __getitem__(self, index: int) -> Example:
         view = self.views[int(torch.randint(len(self.views), ()))]
         return {"image_features": view[index], "captions": self.captions[index]}
-
-
-class CaptionCollator:
-    """Batches of `labels`, one caption an image drawn at random, with `image_features` or `pixel_values`."""
-
-    def __init__(self, processor: TDDProcessor, transform: Any = None):
-        self.processor = processor
-        self.transform = transform
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        captions = [e["captions"][int(torch.randint(len(e["captions"]), ()))] for e in examples]
-        labels = self.processor(captions=captions, return_tensors="pt")["labels"]
-        return {**self.encode_images(examples), "labels": labels}
-
-    def encode_images(self, examples: list[Example]) -> Batch:
-        if "image_features" in examples[0]:
-            return {"image_features": torch.stack([example["image_features"] for example in examples])}
-        images = [example["image"].convert("RGB") for example in examples]
-        if self.transform is not None:
-            return {"pixel_values": torch.stack([self.transform(image) for image in images])}
-        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
 
 
 def make_examples(

@@ -214,6 +214,8 @@ class CaptionRecipe(Recipe):
         encoder (`str`, *optional*):
             Id or folder of a pretrained encoder, a relative path starting at the working directory. With
             `model.freeze_encoder` its features are computed once.
+        model_checkpoint (`str`, *optional*):
+            Id or folder of a captioner to go on from, in place of `encoder` and `tokenizer`.
         feature_views (`int`): Augmented views of each training picture whose features are kept, for a frozen encoder.
     """
 
@@ -221,6 +223,7 @@ class CaptionRecipe(Recipe):
     evaluation: CaptionEvaluationRecipe = field(default_factory=CaptionEvaluationRecipe)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     encoder: str | None = None
+    model_checkpoint: str | None = None
     feature_views: int = 1
 
 
