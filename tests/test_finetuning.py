@@ -1,4 +1,4 @@
-"""Fine-tuning with plain `Trainer`: the averaged weights, both tasks, LoRA, and scripts/finetune.py as users run it."""
+"""Fine-tuning with plain `Trainer`: averaged weights, both tasks, LoRA, and scripts/finetune.py as users run it."""
 
 import json
 import os
@@ -112,12 +112,12 @@ class RecordWeights(TrainerCallback):
 
 
 def test_average_is_what_is_evaluated_saved_and_left_behind(make_classification_trainer):
+    schedule = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4}
     record = RecordWeights()
-    make_classification_trainer(record, max_steps=8, folder="without").train()
+    make_classification_trainer(record, folder="without", **schedule).train()
     assert not equal(record.raw[-1], record.average[-1])
 
-    schedule = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    trainer = make_classification_trainer(EMACallback(decay=0.9), max_steps=8, **schedule)
+    trainer = make_classification_trainer(EMACallback(decay=0.9), save_steps=4, **schedule)
     trainer.train()
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     for step, loss in zip((4, 8), evaluations):
@@ -130,7 +130,7 @@ def test_average_is_what_is_evaluated_saved_and_left_behind(make_classification_
         trainer.model.load_state_dict(model.state_dict())
         assert trainer.evaluate()["eval_loss"] == loss  # what was evaluated in training is what was saved
 
-    trainer = make_classification_trainer(EMACallback(decay=0.9), max_steps=8, save_strategy="no", folder="end")
+    trainer = make_classification_trainer(EMACallback(decay=0.9), save_strategy="no", folder="end", **schedule)
     trainer.train()
     assert equal(trainer.model.state_dict(), record.average[-1])
 
@@ -249,10 +249,15 @@ def test_classifier_reaches_90_percent_on_digits(tmp_path):
     assert trainer.evaluate()["eval_accuracy"] >= 0.90
 
 
+def first_rows(split: str, count: int) -> Dataset:
+    """Of the embedded emoji."""
+    return load_dataset("parquet", data_files=str(EMOJI / f"{split}.parquet"), split="train").select(range(count))
+
+
 @pytest.fixture
 def emoji() -> Dataset:
     """Eight real emoji, their names as lists of one caption."""
-    data = load_dataset("parquet", data_files={"train": str(EMOJI / "train.parquet")})["train"].select(range(8))
+    data = first_rows("train", 8)
     captions = [[caption] for caption in data["caption"]]
     return data.select_columns("image").add_column("captions", captions)
 
@@ -272,6 +277,7 @@ def emoji_captioner(emoji: Dataset) -> tuple[TDDForCaptioning, TDDProcessor]:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         loss_weighting="none",
+        condition_dropout=0.0,
         **size,
     )
     image_processor = ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True)
@@ -302,7 +308,7 @@ def caption_trainer(
 
 def test_captioner_learns_eight_emoji_by_heart(tmp_path, emoji, emoji_captioner):
     model, processor = emoji_captioner
-    settings = {"max_steps": 150, "learning_rate": 2e-3, "save_strategy": "no", "per_device_eval_batch_size": 3}
+    settings = {"max_steps": 200, "learning_rate": 3e-3, "save_strategy": "no", "per_device_eval_batch_size": 3}
     trainer = caption_trainer(tmp_path / "run", model, processor, emoji, EMACallback(0.9), **settings)
     assert trainer.evaluate()["eval_exact_match"] == 0
     trainer.train()
@@ -310,7 +316,7 @@ def test_captioner_learns_eight_emoji_by_heart(tmp_path, emoji, emoji_captioner)
     assert metrics["eval_exact_match"] == 1 and metrics["eval_token_f1"] == 1
     trainer.save_model(str(tmp_path / "saved"))
     saved = TDDForCaptioning.from_pretrained(tmp_path / "saved")
-    inputs = TDDProcessor.from_pretrained(tmp_path / "saved")(images=emoji["image"], return_tensors="pt")
+    inputs = TDDProcessor.from_pretrained(tmp_path / "saved")(images=list(emoji["image"]), return_tensors="pt")
     captions = processor.batch_decode(saved.generate(**inputs), skip_special_tokens=True)
     assert captions == [captions[0] for captions in emoji["captions"]]
 
@@ -337,17 +343,15 @@ def check_lora(trainer: Trainer, base: nn.Module, before: dict[str, torch.Tensor
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
         if "lora_" not in name and "modules_to_save" not in name:
             assert tensor.equal(before[plain]), name
-    assert any(
-        name.endswith("lora_B.default.weight") and tensor.any() for name, tensor in trainer.model.named_parameters()
-    )
-    trainer.model.eval()
-    expected = trainer.model(**inputs).logits
+    assert all(tensor.any() for name, tensor in trainer.model.named_parameters() if "lora_B" in name)  # 0 at first
+    expected = trainer.model.eval()(**inputs).logits
+    torch.manual_seed(0)  # a captioner's loss draws its timesteps
     loss = trainer.evaluate()["eval_loss"]
     merge_lora(trainer)
     assert set(trainer.model.state_dict()) == set(before)
     torch.testing.assert_close(trainer.model.eval()(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
     torch.manual_seed(0)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=0.5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-3)
     adapted = PeftModel.from_pretrained(base, Path(trainer.args.output_dir) / "adapter").eval()
     torch.testing.assert_close(adapted(**inputs).logits, expected)
 
@@ -370,14 +374,9 @@ def test_lora_of_a_classifier(
     model = add_lora(trainer.model, 2, target, new_modules)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {
-        part for part in ("encoder", "denoiser") for name in trainable if f"{part}." in name and "lora_" in name
+        part for part in ("encoder", "denoiser") if any(f"{part}." in n and "lora_" in n for n in trainable)
     } == adapted
-    assert {
-        part
-        for part in ("connector", "denoiser", "classifier", "token_embedding")
-        for name in trainable
-        if f"{part}.modules_to_save" in name
-    } == whole
+    assert {n.split(".modules_to_save")[0].split(".")[-1] for n in trainable if ".modules_to_save" in n} == whole
     trainer = Trainer(
         model,
         trainer.args,
@@ -397,7 +396,7 @@ def test_lora_of_a_captioner(tmp_path, emoji, emoji_captioner):
     trainer = caption_trainer(
         tmp_path, add_lora(model, 2), processor, emoji, EMACallback(0.5), max_steps=3, learning_rate=1e-2
     )
-    inputs = processor(images=emoji["image"], return_tensors="pt")
+    inputs = processor(images=list(emoji["image"]), return_tensors="pt")
     check_lora(trainer, base, before, inputs)
 
 
@@ -512,10 +511,7 @@ def test_script_goes_from_an_encoder_to_captions_and_on_to_others(tmp_path, monk
     for number, split in enumerate(("validation", "test_combo")):
         folder = tmp_path / f"data{number}"
         folder.mkdir()
-        rows = load_dataset("parquet", data_files={"train": str(EMOJI / f"{split}.parquet")})["train"].select(
-            range(16)
-        )
-        rows.to_parquet(folder / "train.parquet")
+        first_rows(split, 16).to_parquet(folder / "train.parquet")
     common = ("--task", "captioning", "--eval_share", "0.25", *QUIET)
     overrides = json.dumps({**size, "max_position_embeddings": 12})
     run_here(
