@@ -17,10 +17,12 @@ What is evaluated, saved and pushed are the averaged weights (`--ema_decay`); wi
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -81,14 +83,19 @@ class DataArguments:
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
-    augmentation: str = field(
-        default="{}", metadata={"help": "Fields of AugmentationRecipe as JSON, such as '{\"hflip\": 0.5}'."}
+    augmentation: str | None = field(
+        default=None, metadata={"help": "Fields of AugmentationRecipe as JSON, such as '{\"hflip\": 0.5}'."}
     )
 
     def __post_init__(self):
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"--eval_share must be in [0, 1), got {self.eval_share}.")
-        self.augmentation = AugmentationRecipe(**json.loads(self.augmentation))
+        if self.augmentation is not None:
+            self.augmentation = AugmentationRecipe(**json.loads(self.augmentation))
+
+    def train_transform(self, image_processor: BaseImageProcessor) -> Callable[..., Tensor] | None:
+        """Without augmentation training images are made by the image processor, as those of the evaluation are."""
+        return None if self.augmentation is None else build_train_transform(self.augmentation, image_processor)
 
 
 @dataclass
@@ -143,12 +150,12 @@ def make_classification(model_args: ModelArguments, data_args: DataArguments, se
             model_args.model, ignore_mismatched_sizes=bool(new_modules), **fields
         )
     image_processor = AutoImageProcessor.from_pretrained(model_args.model or model_args.encoder)
-    transform = build_train_transform(data_args.augmentation, image_processor)
+    transform, eval_collate = data_args.train_transform(image_processor), EvalCollator(image_processor)
     return Task(
         model,
         image_processor,
-        TrainerDataset(train, TrainCollator(transform), seed),
-        TrainerDataset(held_out, EvalCollator(image_processor)),
+        TrainerDataset(train, eval_collate if transform is None else TrainCollator(transform), seed),
+        TrainerDataset(held_out, eval_collate),
         classification_metrics,
         new_modules,
     )
@@ -186,7 +193,7 @@ def make_captioning(model_args: ModelArguments, data_args: DataArguments, seed: 
         processor = TDDProcessor(AutoImageProcessor.from_pretrained(model_args.encoder), tokenizer)
         model = TDDForCaptioning.from_encoder_pretrained(model_args.encoder, **fields)
         new_modules = ["connector", "denoiser", "lm_head"]
-    transform = build_train_transform(data_args.augmentation, processor.image_processor)
+    transform = data_args.train_transform(processor.image_processor)
     return Task(
         model,
         processor,

@@ -32,7 +32,7 @@ from modeling_tdd.training.finetuning import (
     last_complete_checkpoint,
 )
 from modeling_tdd.training.lora import add_lora, merge_lora
-from modeling_tdd.training.recipe import AugmentationRecipe
+from modeling_tdd.training.recipe import AugmentationRecipe, load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
@@ -41,7 +41,8 @@ SCRIPT = ROOT / "scripts/finetune.py"
 EMOJI = ROOT / "scripts/data/emoji_mini"
 
 sys.path.insert(0, str(SCRIPT.parent))
-import finetune  # noqa: E402 - the script
+import finetune  # noqa: E402 - the scripts
+import train_captioning  # noqa: E402
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
@@ -529,6 +530,21 @@ def test_script_goes_from_an_encoder_to_captions_and_on_to_others(tmp_path, monk
     metrics = json.loads((tmp_path / "second/eval_results.json").read_text())
     assert {"eval_exact_match", "eval_token_f1", "eval_stutter", "eval_fluent"} <= metrics.keys()
     TDDForCaptioning.from_pretrained(tmp_path / "second")
+
+
+def test_recipe_goes_on_from_a_captioner(tmp_path, emoji_captioner):
+    """How VL-enriched goes to COCO with scripts/train_captioning.py."""
+    model, processor = emoji_captioner
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    fields = "{max_position_embeddings: 10, pooling: null, timesteps_per_image: 3}"
+    recipe = load_recipe(
+        ROOT / "scripts/recipes/coco_vit_b16.yaml", [f"model_checkpoint={tmp_path}", f"model={fields}"]
+    )
+    loaded = train_captioning.make_processor(recipe, {})
+    assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab() and loaded.tokenizer.model_max_length == 10
+    started = train_captioning.make_model(recipe, "tdd", loaded)
+    assert equal(started.state_dict(), model.state_dict()) and started.config.timesteps_per_image == 3
 
 
 def test_script_wants_one_start(monkeypatch, tmp_path):

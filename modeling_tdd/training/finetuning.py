@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -64,8 +63,10 @@ class TrainerDataset(Dataset):
             return self._encode(index)
         kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            key = (self.seed, int(self.epoch), index)
-            set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: the model's noise comes from its device's
             return self._encode(index)
         finally:
             random.setstate(kept[0])
@@ -177,8 +178,12 @@ def last_complete_checkpoint(output_dir: str | Path, with_ema: bool) -> str | No
         output_dir (`str` or `Path`): Of the run.
         with_ema (`bool`): Whether the run has an [`EMACallback`].
     """
-    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+    steps = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal():
+            steps[int(step)] = folder
+    for _, folder in sorted(steps.items(), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())  # what `Trainer` writes last
         except (OSError, json.JSONDecodeError):
