@@ -207,6 +207,8 @@ def make_captioning(model_args: ModelArguments, data_args: DataArguments, seed: 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    if training_args.label_smoothing_factor > 0:
+        raise ValueError("Set label smoothing in --config_overrides: Trainer's would replace the diffusion loss.")
     set_seed(training_args.seed)
     make_task = make_classification if model_args.task == "classification" else make_captioning
     task = make_task(model_args, data_args, training_args.seed)

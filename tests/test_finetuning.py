@@ -431,8 +431,8 @@ def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkp
     """Killed while or after it writes a checkpoint in mid-epoch, with random crops and accumulated gradients."""
     settings = [
         *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits"),
-        *("--augmentation", '{"scale": [0.5, 1.0]}', "--ema_decay", "0.9", "--learning_rate", "0.01"),
-        *("--max_steps", "60", "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "25"),
+        *("--augmentation", '{"scale": [0.5, 1.0]}', "--ema_decay", "0.9", "--learning_rate", "0.001"),
+        *("--max_steps", "40", "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "15"),
         *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2"),
         *("--per_device_eval_batch_size", "360", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"),
     ]
@@ -441,19 +441,20 @@ def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkp
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *settings, "--output_dir", str(killed)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    log = tmp_path / "log"
+    with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process:
         deadline = time.monotonic() + 240
         while not (killed / "checkpoint-10").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()
-    assert process.returncode == -signal.SIGKILL and (killed / "checkpoint-10").exists()
+    assert process.returncode == -signal.SIGKILL and (killed / "checkpoint-10").exists(), log.read_text()
     assert not (killed / "model.safetensors").exists()
     assert last_complete_checkpoint(killed, with_ema=True) is not None
 
     run_here(monkeypatch, *settings, "--output_dir", str(killed))
-    for name in ("model.safetensors", f"checkpoint-60/{TRAINING_WEIGHTS_NAME}", "checkpoint-60/model.safetensors"):
+    for name in ("model.safetensors", f"checkpoint-40/{TRAINING_WEIGHTS_NAME}", "checkpoint-40/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    average, last = load_file(whole / "model.safetensors"), load_file(whole / f"checkpoint-60/{TRAINING_WEIGHTS_NAME}")
+    average, last = load_file(whole / "model.safetensors"), load_file(whole / f"checkpoint-40/{TRAINING_WEIGHTS_NAME}")
     assert any(not average[name].equal(tensor) for name, tensor in last.items())
     scores = [json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] for folder in (whole, killed)]
     assert scores[0] == scores[1]
@@ -550,6 +551,12 @@ def test_recipe_goes_on_from_a_captioner(tmp_path, emoji_captioner):
 def test_script_wants_one_start(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="one of --model and --encoder, got None and None"):
         run_here(monkeypatch, "--task", "classification", "--dataset", "digits", "--output_dir", str(tmp_path))
+
+
+def test_label_smoothing_of_trainer_is_refused(monkeypatch, tmp_path):
+    common = ("--task", "classification", "--dataset", "digits", "--model", "any", "--output_dir", str(tmp_path))
+    with pytest.raises(ValueError, match="label smoothing in --config_overrides"):
+        run_here(monkeypatch, *common, "--label_smoothing_factor", "0.1")
 
 
 def test_epoch_is_told_to_the_data(make_classification_trainer):
