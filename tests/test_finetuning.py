@@ -301,7 +301,7 @@ def caption_trainer(
     metrics = CaptionMetrics(model, processor, emoji["captions"])
     return Trainer(
         model,
-        arguments(folder, per_device_train_batch_size=8, **settings),
+        arguments(folder, **{"per_device_train_batch_size": 8, **settings}),
         train_dataset=data,
         eval_dataset=data,
         processing_class=processor,
@@ -403,6 +403,32 @@ def test_lora_of_a_captioner(tmp_path, emoji, emoji_captioner):
     )
     inputs = processor(images=list(emoji["image"]), return_tensors="pt")
     check_lora(trainer, base, before, inputs)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_captioner_resumes_from_any_folder(tmp_path, emoji, emoji_captioner, rank):
+    """With adapters and without: what `Trainer` alone does not restore is the callback's to restore."""
+    model, processor = emoji_captioner
+    start = weights(model)
+    ends = []
+    for folder, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole/checkpoint-3"))):
+        model = TDDForCaptioning(model.config)
+        model.load_state_dict(start)
+        torch.manual_seed(0)
+        model = add_lora(model, rank) if rank else model
+        settings = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+        trainer = caption_trainer(
+            tmp_path / folder,
+            model,
+            processor,
+            emoji,
+            EMACallback(0.9),
+            resume_from_checkpoint=checkpoint,
+            **settings,
+        )
+        trainer.train(checkpoint)
+        ends.append((weights(trainer.model), load_file(tmp_path / folder / f"checkpoint-6/{TRAINING_WEIGHTS_NAME}")))
+    assert equal(ends[0][0], ends[1][0]) and equal(ends[0][1], ends[1][1])
 
 
 def test_lora_without_a_place_is_refused(make_model):
