@@ -222,7 +222,7 @@ def test_draws_of_a_row_depend_on_seed_epoch_and_row_alone(shapes, image_process
 # ---- Both tasks, on real data
 
 
-def test_classifier_reaches_90_percent_on_digits(tmp_path):
+def test_classifier_reaches_93_percent_on_digits(tmp_path):
     digits = load_digits_dataset()
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True)
     data = {split: TrainerDataset(rows, EvalCollator(processor)) for split, rows in digits.items()}
@@ -249,9 +249,7 @@ def test_classifier_reaches_90_percent_on_digits(tmp_path):
         callbacks=[EMACallback(decay=0.99)],
     )
     trainer.train()
-    accuracy = trainer.evaluate()["eval_accuracy"]
-    print("top-1 on held-out digits:", accuracy)
-    assert accuracy >= 0.90
+    assert trainer.evaluate()["eval_accuracy"] >= 0.93  # measured: 96.7 %
 
 
 def first_rows(split: str, count: int) -> Dataset:
@@ -298,7 +296,7 @@ def caption_trainer(
     **settings: Any,
 ) -> Trainer:
     data = TrainerDataset(emoji, CaptionCollator(processor))
-    metrics = CaptionMetrics(model, processor, emoji["captions"])
+    metrics = CaptionMetrics(model, processor, emoji["captions"], num_inference_steps=5)
     return Trainer(
         model,
         arguments(folder, **{"per_device_train_batch_size": 8, **settings}),

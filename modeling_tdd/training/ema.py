@@ -34,9 +34,7 @@ class EMACallback(TrainerCallback):
 
     Args:
         decay (`float`, *optional*, defaults to 0.9999):
-            Of the average (Section 4.1's).
-        use_warmup (`bool`, *optional*, defaults to `True`):
-            Whether the decay grows with the steps taken, as in timm: the average follows a short run too.
+            Of the average. It grows up to this with the steps taken, as in timm: the average follows a short run too.
 
     Raises:
         `ValueError`: for a decay out of [0, 1), weights in half precision, sharded weights (FSDP, DeepSpeed),
@@ -50,11 +48,10 @@ class EMACallback(TrainerCallback):
     >>> trainer.save_model("published")  # the average
     ```"""
 
-    def __init__(self, decay: float = 0.9999, use_warmup: bool = True):
+    def __init__(self, decay: float = 0.9999):
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
         self.decay = decay
-        self.use_warmup = use_warmup
         self._forget()
 
     def _forget(self) -> None:
@@ -79,7 +76,7 @@ class EMACallback(TrainerCallback):
         check_support(args, tensors)
         self.names = list(tensors)
         self.own = nn.ParameterList(tensors.values())
-        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=self.use_warmup)
+        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=True)
         if state.global_step > 0:
             self._resume(args, state)
 
