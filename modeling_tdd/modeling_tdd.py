@@ -1046,7 +1046,8 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
         targets = self._fill_labels(labels)
         is_padding = targets == self.config.pad_token_id
         if pixel_values is not None and image_features is None:
-            pixel_values, image_features = None, self.model.get_image_features(pixel_values)
+            image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+            pixel_values = None
         outputs = diffusion_loss(
             self.model.denoiser,
             self.lm_head,
