@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 
-# Where a checkpoint's own code has the classes, in Transformers' format: the same that importing this package registers.
+# Where a checkpoint's own code has the classes that importing this package registers, in Transformers' format.
 AUTO_MAP = {
     "AutoConfig": "configuration_tdd.TDDConfig",
     "AutoModel": "modeling_tdd.TDDModel",

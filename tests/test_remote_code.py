@@ -33,7 +33,9 @@ CODE = {f"{name}_tdd.py" for name in ("configuration", "diffusion", "generation"
 
 @pytest.fixture
 def checkpoints(
-    make_model: Callable[..., TDDForImageClassification], make_captioner: Callable[..., TDDForCaptioning], tmp_path: Path
+    make_model: Callable[..., TDDForImageClassification],
+    make_captioner: Callable[..., TDDForCaptioning],
+    tmp_path: Path,
 ) -> tuple[str, str]:
     """Folders of a classifier and a captioner."""
     image_processor = ViTImageProcessor(size={"height": 16, "width": 16})
