@@ -234,7 +234,7 @@ def describe_data(data: dict[str, Any]) -> tuple[str, str, str | None]:
 
 
 def without_machine_paths(value: Any) -> Any:
-    """A recipe with the last two parts of each absolute path: how the author's disc is laid out is no one's business."""
+    """A recipe with the last two parts of each absolute path: the layout of the author's disc is no one's business."""
     if isinstance(value, dict):
         return {key: without_machine_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
