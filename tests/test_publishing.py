@@ -255,9 +255,9 @@ def test_cards_of_the_papers_models(path: Path, author: Client) -> None:
 
 
 def test_an_invalid_card_is_refused(author: Client, tmp_path: Path) -> None:
-    (tmp_path / "card.md").write_text("---\nlicense: apache-2.0\ntags: tdd\n---\n# A card\n")
+    (tmp_path / "card.md").write_text("---\nlicense: apache-2.0\ndatasets: {name: digits}\n---\n# A card\n")
     code, output = author.run(VALIDATE, tmp_path / "card.md")
-    assert code == 1 and "`tags` must be a list of strings." in output
+    assert code == 1 and "`datasets` must be a list of strings." in output
 
 
 # ---- The Hub

@@ -123,8 +123,9 @@ AutoProcessor.from_pretrained({str(again)!r}, trust_remote_code=True)
     done = run_without_package(tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr
     for path in Path(checkpoints[1]).iterdir():
-        if path.suffix == ".json":  # order of keys may differ
-            assert json.loads((again / path.name).read_text()) == json.loads(path.read_text()), path.name
+        if path.suffix == ".json":  # Transformers notes in the tokenizer's where it came from
+            saved, first = json.loads((again / path.name).read_text()), json.loads(path.read_text())
+            assert first.items() <= saved.items() if "tokenizer_config" in path.name else saved == first, path.name
         else:
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
