@@ -13,13 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLAT_MODULES = ("configuration", "diffusion", "generation", "modeling", "pipeline", "processing")
-    "configuration_tdd",
-    "diffusion_tdd",
-    "generation_tdd",
-    "modeling_tdd",
-    "pipeline_tdd",
-    "processing_tdd",
-}
 
 
 def test_import_adds_its_own_modules_and_next_to_nothing_else(tmp_path: Path) -> None:
