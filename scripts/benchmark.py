@@ -25,7 +25,7 @@ from modeling_tdd.diffusion_tdd import GaussianCorruption, noise_factor
 
 @dataclass
 class Result:
-    """A baseline and a candidate for one job: medians of their times, and the size of a draw of their noise, if any."""
+    """A baseline and a candidate for one job: medians of their times, and the size of one draw of their noise."""
 
     benchmark: str
     job: str
@@ -96,7 +96,7 @@ def benchmark_noise(args: argparse.Namespace) -> list[Result]:
     return results
 
 
-# What any user of a checkpoint imports of Transformers. Registering takes the Auto classes' modules, which take PyTorch
+# What any user of a checkpoint imports of Transformers. Registering takes the Auto classes' modules, which take torch
 # and Transformers' base classes: there is next to nothing left that could be imported later.
 TRANSFORMERS_PARTS = """from transformers import (
     AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor,
