@@ -22,7 +22,14 @@ from transformers import (
 )
 
 import modeling_tdd  # noqa: F401 - registers TDD with the Auto classes
-from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, plot_steps, read_results
+from modeling_tdd.publishing.model_card import (
+    CARD_FILE,
+    PLOT_FILE,
+    make_card,
+    plot_steps,
+    read_results,
+    without_machine_paths,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +64,7 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, target: Path) -> None:
 def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -> None:
     results = read_results(args.folder, args.runs)
     defaults = model.generation_config if model.can_generate() else model.config
-    repo_id = args.repo_id or args.folder.as_posix()
+    repo_id = args.repo_id or without_machine_paths(args.folder.as_posix())
     card = make_card(results, model.config.to_dict(), model.num_parameters(), repo_id, defaults.num_inference_steps)
     plot_steps(results).savefig(target / PLOT_FILE, dpi=120)
     card.save(target / CARD_FILE)

@@ -221,7 +221,7 @@ def test_dry_run_writes_the_card_and_uploads_nothing(
     assert data["license"] == "apache-2.0" and data["datasets"] == ["emoji_mini"] and "tdd" in data["tags"]
     assert len(data["model-index"][0]["results"][0]["metrics"]) == 2 and not card_errors(str(card))
     assert "52.00 ± 2.00" in card.text and "CC BY-SA 4.0" in card.text and "@article{" in card.text
-    assert str(ROOT) not in str(card) and str(tmp_path) not in card.text.replace(str(run_folder), "")
+    assert str(ROOT) not in str(card) and str(tmp_path) not in str(card)
 
 
 def test_card_of_a_classifier(

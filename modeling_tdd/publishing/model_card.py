@@ -275,7 +275,8 @@ def _limits(recipe: dict[str, Any], config: dict[str, Any], task: str, data_name
             f"It writes captions of at most {config['max_position_embeddings']} tokens out of {config['vocab_size']}, "
             "in the words and the form of its training captions."
         )
-    if recipe["image_processor"].get("size"):
-        limits.append(f"Images are scaled to {recipe['image_processor']['size']}: finer detail is lost.")
+    if size := recipe["image_processor"].get("size"):
+        pixels = " x ".join(map(str, size.values()))
+        limits.append(f"Images are scaled to {pixels} pixels: finer detail is lost.")
     limits.append("Nobody has looked for social biases that it may have taken over from its data.")
     return limits
