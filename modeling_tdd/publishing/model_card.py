@@ -122,13 +122,15 @@ def plot_steps(results: list[Result]) -> "Figure":
                 values = [[100 * value for value in row[count]] for count in steps]
                 means = [sum(seeds) / len(seeds) for seeds in values]
                 label = method if scale == 1 else f"{method}, guidance {scale:g}"
-                axes.errorbar(steps, means, [_deviation(seeds) for seeds in values], marker="o", ms=4, label=label)
+                deviations = [_deviation(seeds) for seeds in values]
+                axes.errorbar(steps, means, deviations, marker="o", ms=4, capsize=3, label=label)
             axes.set_xscale("log")
             axes.set_xticks(steps_of(results), [str(count) for count in steps_of(results)], minor=False)
             axes.minorticks_off()
             axes.set_title(f"{split}: {METRICS[metric][1]}, %", fontsize=10)
             axes.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=8)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     figure.supxlabel("denoising steps", fontsize=10)
     return figure
 
