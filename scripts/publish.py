@@ -22,14 +22,8 @@ from transformers import (
 )
 
 import modeling_tdd  # noqa: F401 - registers TDD with the Auto classes
-from modeling_tdd.publishing.model_card import (
-    CARD_FILE,
-    PLOT_FILE,
-    make_card,
-    plot_steps,
-    read_results,
-    without_machine_paths,
-)
+from modeling_tdd.evaluation.step_curves import plot_scores
+from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, read_runs, without_machine_paths
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo-id", help="USER/NAME on the Hub; made if there is none")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
     parser.add_argument(
-        "--runs", nargs="+", type=Path, help="folders of the other seeds and of the rival; default: those beside it"
+        "--runs", nargs="+", type=Path, help="folders of the other seeds and of the rivals; default: those beside it"
     )
     parser.add_argument("--dry-run", action="store_true", help="write the card into the folder and upload nothing")
     args = parser.parse_args()
@@ -62,11 +56,11 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, target: Path) -> None:
 
 
 def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -> None:
-    results = read_results(args.folder, args.runs)
+    results = read_runs(args.folder, args.runs)
     defaults = model.generation_config if model.can_generate() else model.config
     repo_id = args.repo_id or without_machine_paths(args.folder.as_posix())
     card = make_card(results, model.config.to_dict(), model.num_parameters(), repo_id, defaults.num_inference_steps)
-    plot_steps(results).savefig(target / PLOT_FILE, dpi=120)
+    plot_scores(results).savefig(target / PLOT_FILE, dpi=120)
     card.save(target / CARD_FILE)
 
 

@@ -20,7 +20,8 @@ from test_pipeline import WORDS, make_tokenizer
 from transformers import ViTImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDProcessor
-from modeling_tdd.publishing.model_card import eval_results, plot_steps, read_results, score_table
+from modeling_tdd.evaluation.step_curves import score_table
+from modeling_tdd.publishing.model_card import eval_results, read_runs
 from modeling_tdd.training.recipe import load_recipe
 
 
@@ -145,6 +146,8 @@ def write_result(folder: Path, method: str, seed: int, token_f1: float, recipe: 
         for steps, score in ((1, token_f1 - 0.1), (10, token_f1))
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps({"noise_schedule": "calibrated"}))
     result = {"method": method, "seed": seed, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -170,7 +173,7 @@ def run_folder(make_captioner: Callable[..., TDDForCaptioning], recipe: dict[str
 
 
 def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None:
-    results = read_results(run_folder)
+    results = read_runs(run_folder)
     assert [(result["method"], result["seed"]) for result in results] == [
         ("tdd", 0),
         ("mdd", 0),
@@ -180,9 +183,9 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in score_table(results, "validation").split("\n")
     ]
-    assert rows[0] == ["method", "guidance", "metric", "1 step", "10 steps"]
-    assert ["tdd", "1", "token F1", "42.00 ± 2.00", "52.00 ± 2.00"] in rows
-    assert ["mdd", "1", "token F1", "38.00", "48.00"] in rows
+    assert rows[0] == ["method", "schedule", "guidance", "metric", "1 step", "10 steps", "10 less 1"]
+    assert ["tdd", "calibrated", "1", "token_f1", "42.00 ± 2.00", "52.00 ± 2.00", "10.00 ± 0.00"] in rows
+    assert ["mdd", "calibrated", "1", "token_f1", "38.00", "48.00", "10.00"] in rows
     # The metadata tells of the published weights, not of the mean
     published = eval_results(results[0], "image-text-to-text", "emoji_mini", num_steps=10)
     values = {(entry.dataset_split, entry.metric_type): entry.metric_value for entry in published}
@@ -193,19 +196,10 @@ def test_runs_that_do_not_compare_are_refused(run_folder: Path, recipe: dict[str
     recipe["training"]["epochs"] = 1
     write_result(run_folder.with_name("tdd-seed3"), "tdd", 3, 0.9, recipe)
     with pytest.raises(ValueError, match="tdd-seed3 was trained by another recipe"):
-        read_results(run_folder)
-    assert len(read_results(run_folder, [run_folder.with_name("tdd-seed1")])) == 2
-    with pytest.raises(ValueError, match="is no finished run"):
-        read_results(run_folder.parent)
-
-
-def test_plot_has_a_panel_a_split_and_metric_and_a_line_a_method(run_folder: Path) -> None:
-    panels = plot_steps(read_results(run_folder)).axes
-    assert [panel.get_title() for panel in panels] == [
-        f"{split}: {metric}, %" for metric in ("exact match", "token F1") for split in ("validation", "test_combo")
-    ]
-    lines = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in panels[2].containers}
-    assert lines == {"tdd": pytest.approx([42, 52]), "mdd": pytest.approx([38, 48])}
+        read_runs(run_folder)
+    assert len(read_runs(run_folder, [run_folder.with_name("tdd-seed1")])) == 2
+    with pytest.raises(ValueError, match="has no result.json"):
+        read_runs(run_folder.parent)
 
 
 def test_dry_run_writes_the_card_and_uploads_nothing(
@@ -239,7 +233,7 @@ def test_card_of_a_classifier(
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-classification" and not card_errors(str(card))
     [metric] = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
-    assert metric == {"type": "accuracy", "value": 90.0, "name": "top-1 accuracy, 10 denoising steps"}
+    assert metric == {"type": "accuracy", "value": 90.0, "name": "top1, 10 denoising steps"}
     assert "It knows 5 labels" in card.text and "Scores in %, one seed." in card.text
 
 
@@ -330,4 +324,4 @@ def test_publishing_needs_a_name_and_a_finished_run(run_folder: Path, author: Cl
     assert code == 2 and "--repo-id is needed to upload" in output
     (run_folder / "result.json").unlink()
     code, output = author.run(PUBLISH, run_folder, "--dry-run")
-    assert code == 1 and "is no finished run: it has no result.json" in output
+    assert code == 1 and "has no result.json: give folders of finished runs" in output

@@ -1,32 +1,28 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """A run folder's model card: its data, recipe, scores over seeds with their plot, limits and citation."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_tdd.training.results import markdown_table, mean_and_spread
+from ..evaluation.step_curves import metrics_of, read_results, score_table, splits_of
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_FILE, PLOT_FILE = "README.md", "steps.png"
 TASKS = {"TDDForImageClassification": "image-classification", "TDDForCaptioning": "image-text-to-text"}
 METHODS = {"gaussian": "Tweedie discrete diffusion (TDD)", "mask": "masked discrete diffusion (MDD), TDD's rival"}
-# A metric's key in result.json, its identifier on the Hub and its name in tables.
-METRICS = {
-    "top1": ("accuracy", "top-1 accuracy"),
-    "exact_match": ("exact_match", "exact match"),
-    "token_f1": ("f1", "token F1"),
-    "fluent": ("fluent", "fluent captions"),
-    "stutter": ("stutter", "captions with a stutter"),
+HUB_METRICS = {"top1": "accuracy", "token_f1": "f1"}  # those that have another name on the Hub
+GLOSSARY = {
+    "image-classification": "`top1`: the likeliest label is right.",
+    "image-text-to-text": (
+        "`exact_match`: the whole caption is right; `token_f1`: overlap of its words with the reference's; `stutter`: "
+        "share of captions with a token twice in succession; `fluent`: share of those whose neighbouring words all "
+        "stand so in training captions."
+    ),
 }
-PLOTTED = ("top1", "exact_match", "token_f1")
 CITATION = """```bibtex
 @article{li2025tdd,
   title   = {In-Situ Tweedie Discrete Diffusion Models},
@@ -39,112 +35,25 @@ CITATION = """```bibtex
 Result = dict[str, Any]
 
 
-def read_results(folder: Path, others: list[Path] | None = None) -> list[Result]:
+def read_runs(folder: Path, others: list[Path] | None = None) -> list[Result]:
     r"""
     The results of a run and of those to show beside it, the run's own first.
 
     Args:
         folder (`Path`): A run folder, such as `outputs/emoji/tdd-seed0`.
-        others (`list[Path]`, *optional*): Folders of its other seeds and of its rival. By default those beside it.
+        others (`list[Path]`, *optional*): Folders of its other seeds and of its rivals. By default those beside it.
 
     Raises:
-        `ValueError`: if a folder has no result.json, or the others' recipe is not the run's.
+        `ValueError`: if a folder has no result.json, or another's recipe is not the run's.
     """
-    own = _read_result(folder)
-    results = {(own["method"], own["seed"]): own}
     if others is None:
         others = [file.parent for file in sorted(folder.resolve().parent.glob("*-seed*/result.json"))]
-    for other in others:
-        result = _read_result(other)
-        if result["recipe"] != own["recipe"]:
+    others = [other for other in others if other.resolve() != folder.resolve()]
+    results = read_results([folder, *others])
+    for other, result in zip(others, results[1:]):
+        if result["recipe"] != results[0]["recipe"]:
             raise ValueError(f"{other} was trained by another recipe than {folder}: their scores do not compare.")
-        results.setdefault((result["method"], result["seed"]), result)
-    return list(results.values())
-
-
-def _read_result(folder: Path) -> Result:
-    file = folder / "result.json"
-    if not file.exists():
-        raise ValueError(f"{folder} is no finished run: it has no result.json.")
-    result = json.loads(file.read_text())
-    if "accuracy" in result:  # a classifier's, of one split
-        split = result["recipe"]["data"]["eval_split"]
-        result["scores"] = [{"split": split, **entry} for entry in result.pop("accuracy")]
-    return result
-
-
-# ---- Scores
-
-
-def metrics_of(results: list[Result]) -> list[str]:
-    return [name for name in METRICS if name in results[0]["scores"][0]]
-
-
-def splits_of(results: list[Result]) -> list[str]:
-    return list(dict.fromkeys(entry["split"] for entry in results[0]["scores"]))
-
-
-def collect_scores(results: list[Result], split: str, metric: str) -> dict[tuple[str, float], dict[int, list[float]]]:
-    """By method and guidance scale, then by number of steps: the scores of the seeds."""
-    rows: dict[tuple[str, float], dict[int, list[float]]] = {}
-    for result in results:
-        for entry in (entry for entry in result["scores"] if entry["split"] == split):
-            row = rows.setdefault((result["method"], entry["guidance_scale"]), {})
-            row.setdefault(entry["num_inference_steps"], []).append(entry[metric])
-    return rows
-
-
-def score_table(results: list[Result], split: str) -> str:
-    """A split's scores in percent, mean ± standard deviation over the seeds, a column a number of steps."""
-    scores = {metric: collect_scores(results, split, metric) for metric in metrics_of(results)}
-    steps = sorted({count for rows in scores.values() for row in rows.values() for count in row})
-    header = ["method", "guidance", "metric", *(f"{count} step{'s' if count > 1 else ''}" for count in steps)]
-    rows = [
-        [method, f"{scale:g}", METRICS[metric][1], *(mean_and_spread(row[n]) if n in row else "" for n in steps)]
-        for metric, metric_rows in scores.items()
-        for (method, scale), row in metric_rows.items()
-    ]
-    return markdown_table(header, rows)
-
-
-def plot_steps(results: list[Result]) -> "Figure":
-    """Scores by the number of steps, a panel a split and metric; bars are standard deviations over the seeds."""
-    from matplotlib.figure import Figure
-
-    splits = splits_of(results)
-    metrics = [metric for metric in metrics_of(results) if metric in PLOTTED]
-    figure = Figure(figsize=(4 * len(splits), 3 * len(metrics)), layout="constrained")
-    grid = figure.subplots(len(metrics), len(splits), squeeze=False)
-    for metric, panels in zip(metrics, grid):
-        for split, axes in zip(splits, panels):
-            for (method, scale), row in collect_scores(results, split, metric).items():
-                steps = sorted(row)
-                values = [[100 * value for value in row[count]] for count in steps]
-                means = [sum(seeds) / len(seeds) for seeds in values]
-                label = method if scale == 1 else f"{method}, guidance {scale:g}"
-                deviations = [_deviation(seeds) for seeds in values]
-                axes.errorbar(steps, means, deviations, marker="o", ms=4, capsize=3, label=label)
-            axes.set_xscale("log")
-            axes.set_xticks(steps_of(results), [str(count) for count in steps_of(results)], minor=False)
-            axes.minorticks_off()
-            axes.set_title(f"{split}: {METRICS[metric][1]}, %", fontsize=10)
-            axes.grid(alpha=0.3)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
-    figure.supxlabel("denoising steps", fontsize=10)
-    return figure
-
-
-def steps_of(results: list[Result]) -> list[int]:
-    return sorted({entry["num_inference_steps"] for result in results for entry in result["scores"]})
-
-
-def _deviation(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-
-
-# ---- The card
+    return results
 
 
 def make_card(
@@ -152,7 +61,7 @@ def make_card(
 ) -> ModelCard:
     r"""
     Args:
-        results (`list[Result]`): As of [`read_results`].
+        results (`list[Result]`): As of [`read_runs`].
         config (`dict`): The model's config.json.
         num_parameters (`int`): Of the model.
         repo_id (`str`): The model's name on the Hub, or its folder.
@@ -173,7 +82,7 @@ def make_card(
             language=None if task == "image-classification" else "en",
             tags=["tdd", "discrete-diffusion", "arxiv:2510.01047"],
             datasets=[data_name],
-            metrics=[METRICS[metric][0] for metric in metrics_of(results)],
+            metrics=[HUB_METRICS.get(metric, metric) for metric in metrics_of(results)],
             eval_results=eval_results(own, task, data_name, num_steps),
         ),
         template_path=str(TEMPLATE),
@@ -187,6 +96,7 @@ def make_card(
         training=_training(recipe, own["seed"]),
         recipe=yaml.safe_dump(without_machine_paths(recipe), sort_keys=False, allow_unicode=True).strip(),
         seeds=f"Scores in %, {spread}.",
+        glossary=GLOSSARY[task],
         tables="\n\n".join(f"### {split}\n\n{score_table(results, split)}" for split in splits_of(results)),
         plot=PLOT_FILE,
         limits=_limits(recipe, config, task, data_name),
@@ -201,19 +111,18 @@ def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> l
     for split in dict.fromkeys(entry["split"] for entry in unguided):
         entries = [entry for entry in unguided if entry["split"] == split]
         entry = min(entries, key=lambda entry: abs(entry["num_inference_steps"] - num_steps))
-        for metric, (identifier, label) in METRICS.items():
-            if metric in entry:
-                chosen.append(
-                    EvalResult(
-                        task_type=task,
-                        dataset_type=data_name,
-                        dataset_name=data_name,
-                        dataset_split=split,
-                        metric_type=identifier,
-                        metric_name=f"{label}, {entry['num_inference_steps']} denoising steps",
-                        metric_value=round(100 * entry[metric], 2),
-                    )
-                )
+        chosen += [
+            EvalResult(
+                task_type=task,
+                dataset_type=data_name,
+                dataset_name=data_name,
+                dataset_split=split,
+                metric_type=HUB_METRICS.get(metric, metric),
+                metric_name=f"{metric}, {entry['num_inference_steps']} denoising steps",
+                metric_value=round(100 * entry[metric], 2),
+            )
+            for metric in metrics_of([result])
+        ]
     return chosen
 
 
