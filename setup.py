@@ -33,6 +33,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["modeling_tdd", "modeling_tdd.*"]),
+    package_data={"modeling_tdd.publishing": ["card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "huggingface_hub>=1.0",

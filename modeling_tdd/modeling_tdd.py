@@ -45,6 +45,14 @@ logger = logging.get_logger(__name__)
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 
+# Where a checkpoint's own code has the classes that importing this package registers, in Transformers' format.
+AUTO_MAP = {
+    "AutoConfig": "configuration_tdd.TDDConfig",
+    "AutoModel": "modeling_tdd.TDDModel",
+    "AutoModelForImageClassification": "modeling_tdd.TDDForImageClassification",
+    "AutoModelForImageTextToText": "modeling_tdd.TDDForCaptioning",
+}
+
 
 @dataclass
 class TDDModelOutput(ModelOutput):
@@ -351,7 +359,9 @@ class TDDPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
-        silently skip an encoder saved under its original ones."""
+        silently skip an encoder saved under its original ones. The checkpoint names all Auto classes, not only that of
+        the saved one: `AutoModel` reads a classifier's checkpoint too."""
+        self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 

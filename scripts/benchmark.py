@@ -9,6 +9,8 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +31,7 @@ class Result:
     job: str
     names: tuple[str, str]
     milliseconds: list[float]
-    noise_mib: list[float]
+    noise_mib: list[float] = field(default_factory=list)
     speedup: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,29 @@ def benchmark_noise(args: argparse.Namespace) -> list[Result]:
     return results
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Result]]] = {"noise": benchmark_noise}
+# What any user of a checkpoint imports of Transformers. Registering takes the Auto classes' modules, which take torch
+# and Transformers' base classes: there is next to nothing left that could be imported later.
+TRANSFORMERS_PARTS = """from transformers import (
+    AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor,
+    PreTrainedConfig, PreTrainedModel
+)"""
+
+
+def benchmark_import(args: argparse.Namespace) -> list[Result]:
+    """A Python that imports Transformers' parts, against one that imports this package."""
+    names = ("Transformers' parts", "modeling_tdd")
+    programs = (TRANSFORMERS_PARTS, "import modeling_tdd")
+    imports = [
+        partial(subprocess.run, [sys.executable, "-c", program], check=True, capture_output=True)
+        for program in programs
+    ]
+    return [Result("import", "a fresh Python and the import", names, time_in_turns(imports, args.repeats))]
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
+    "noise": benchmark_noise,
+    "import": benchmark_import,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -126,11 +150,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = [result for name in args.benchmarks for result in BENCHMARKS[name](args)]
-    print(f"{'job':<62} {'baseline':>18} {'candidate':>20} {'speed-up':>9}   noise tensor, MiB")
+    print(f"{'job':<62} {'baseline':>30} {'candidate':>24} {'speed-up':>9}   noise tensor, MiB")
     for result in results:
         baseline, candidate = (f"{name} {ms:.1f} ms" for name, ms in zip(result.names, result.milliseconds))
         noise = " to ".join(f"{mib:.1f}" for mib in result.noise_mib)
-        print(f"{result.job:<62} {baseline:>18} {candidate:>20} {result.speedup:>8.1f}x   {noise}")
+        print(f"{result.job:<62} {baseline:>30} {candidate:>24} {result.speedup:>8.2f}x   {noise}")
     print("Noise tensor: the bytes of one draw of the noise, computed from its shape; other temporaries come on top.")
     setting = {"threads": args.threads, "torch": torch.__version__, "machine": platform.machine()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
