@@ -381,7 +381,7 @@ def test_log_says_what_a_run_does(unbroken: Path):
 def test_tensorboard_gets_the_same(unbroken: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(unbroken / "tensorboard")).Reload()
+    events = EventAccumulator(str(unbroken / "modeling_tdd")).Reload()
     losses = [(scalar.step, scalar.value) for scalar in events.Scalars("loss")]
     expected = [(line["step"], line["loss"]) for line in log(unbroken) if "loss" in line]
     assert [step for step, _ in losses] == [step for step, _ in expected]

@@ -75,7 +75,7 @@ class Monitor:
         self.records: list[StepRecord] = []
         if accelerator.is_main_process:
             self._drop_lines_after(step)
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        accelerator.init_trackers("modeling_tdd", init_kwargs={"tensorboard": {"purge_step": step + 1}})
         disable = not accelerator.is_local_main_process
         self.bar = tqdm(total=total_steps, initial=step, desc=description, disable=disable)
 
