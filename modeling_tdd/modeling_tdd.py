@@ -97,6 +97,8 @@ class TDDImageClassifierOutput(ModelOutput):
             With `output_trajectory=True`, the predicted probabilities at each denoising step (Fig. 6), float32.
         hidden_states, attentions:
             As in [`TDDModelOutput`], of the last denoising step; in training one row a timestep of an image.
+        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, in training mode with `labels`):
+            For each tenth of the timesteps the sum of the tokens' weighted losses and the sum of their weights.
     """
 
     loss: torch.FloatTensor | None = None
@@ -104,6 +106,7 @@ class TDDImageClassifierOutput(ModelOutput):
     trajectory: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss_by_timestep: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -123,6 +126,8 @@ class TDDCaptioningOutput(ModelOutput):
         encoder_last_hidden_state (`torch.FloatTensor`, *optional*, in eval mode with `labels`):
             As in [`TDDModelOutput`]. `generate` takes it as `image_features`: loss and captions of a batch from one
             encoding of its images.
+        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, with `labels`):
+            As in [`TDDImageClassifierOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -131,6 +136,7 @@ class TDDCaptioningOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
+    loss_by_timestep: torch.FloatTensor | None = None
 
 
 # ---- Denoiser
@@ -720,6 +726,22 @@ class DiffusionLoss(NamedTuple):
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+    loss_by_timestep: Tensor
+
+
+def sum_by_timestep(losses: Tensor, weight: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
+    r"""
+    Args:
+        losses, weight (`torch.Tensor` of shape `(rows, N)`): Of the tokens.
+        timesteps (`torch.LongTensor` of shape `(rows,)` or `(rows, N)`): In 1 ... T.
+        num_timesteps (`int`): T.
+
+    Returns:
+        `torch.Tensor` of shape `(10, 2)`: sums of the weighted losses and of the weights in each tenth of 1 ... T.
+    """
+    tenths = ((timesteps if timesteps.ndim == 2 else timesteps[:, None]) - 1) * 10 // num_timesteps
+    values = torch.stack([weight * losses, weight.expand_as(losses)], dim=-1).detach()
+    return values.new_zeros(10, 2).index_add(0, tenths.expand_as(losses).flatten(), values.flatten(0, 1))
 
 
 def diffusion_loss(
@@ -780,9 +802,16 @@ def diffusion_loss(
         loss = (weight * losses).mean()
     else:
         token_weight = token_weight.repeat_interleave(repeats, dim=0)
+        weight = weight * token_weight
         # At least 1: a batch with nothing to learn has the loss 0, and not NaN.
-        loss = (weight * token_weight * losses).sum() / token_weight.sum().clamp(min=1)
-    return DiffusionLoss(loss, logits.unflatten(0, (batch_size, repeats)), outputs.hidden_states, outputs.attentions)
+        loss = (weight * losses).sum() / token_weight.sum().clamp(min=1)
+    return DiffusionLoss(
+        loss,
+        logits.unflatten(0, (batch_size, repeats)),
+        outputs.hidden_states,
+        outputs.attentions,
+        sum_by_timestep(losses, weight, timesteps, config.num_timesteps),
+    )
 
 
 class TDDForImageClassification(TDDPreTrainedModel):
@@ -884,6 +913,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 logits=outputs.logits[:, :, 0].mean(1),
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
+                loss_by_timestep=outputs.loss_by_timestep,
             )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
@@ -1074,6 +1104,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             encoder_last_hidden_state=None if self.training else image_features,
+            loss_by_timestep=outputs.loss_by_timestep,
         )
 
     def _fill_labels(self, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from modeling_tdd.training.data import Example, build_train_transform
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
-from modeling_tdd.training.results import save_checkpoint, write_json
+from modeling_tdd.training.results import save_checkpoint, training_folder, write_json
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
@@ -123,11 +123,11 @@ def caption_split(
     return captions
 
 
-def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None:
+def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path, resume: str) -> None:
     """Trains one captioner, saves it, and writes its scores to `result.json` last."""
     set_seed(seed)
     folder = output_dir / f"{method}-seed{seed}"
-    accelerator = make_accelerator(recipe.training)
+    accelerator = make_accelerator(recipe.training, training_folder(folder))
     data = load_caption_data(recipe.data)
     processor = make_processor(recipe, data)
     model = make_model(recipe, method, processor)
@@ -155,6 +155,8 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
         train_loader,
         evaluate=lambda model: score(model, recipe.data.eval_splits[0])["token_f1"],
         description=f"{method} seed {seed}",
+        seed=seed,
+        resume=resume,
     )
     scores = [
         {"split": split, **settings, **score(model, split, **settings)}
@@ -209,7 +211,7 @@ def main() -> None:
         elif method == "nearest":
             run_nearest(recipe, seed, output_dir)
         else:
-            run(recipe, method, seed, output_dir)
+            run(recipe, method, seed, output_dir, args.resume)
     if state.is_main_process:
         results = read_results(folders.values())
         tables = [f"### {split}\n\n{score_table(results, split)}" for split in recipe.data.eval_splits]
