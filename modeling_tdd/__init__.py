@@ -23,7 +23,9 @@ AutoConfig.register("tdd", TDDConfig)
 AutoModel.register(TDDConfig, TDDModel)
 AutoModelForImageClassification.register(TDDConfig, TDDForImageClassification)
 AutoModelForImageTextToText.register(TDDConfig, TDDForCaptioning)
-AutoProcessor.register(TDDConfig, TDDProcessor)
+# Found by its name in a captioner's processor_config.json. By configuration it would be a classifier's processor too,
+# which has no tokenizer: AutoProcessor loads that one's image processor, a class of Transformers' own.
+AutoProcessor.register(TDDConfig.model_type, TDDProcessor)
 PIPELINE_REGISTRY.register_pipeline("image-captioning", TDDImageToTextPipeline, AutoModelForImageTextToText)
 
 # A checkpoint brings the code of what it holds, for machines without this package.

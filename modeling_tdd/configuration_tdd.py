@@ -222,8 +222,8 @@ class TDDConfig(PreTrainedConfig):
         if not 0 < self.one_hot_scale <= 1:
             raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
         check_range("condition_dropout", self.condition_dropout, 0, 1)
-        if self.corruption == "gaussian" and self.noise_schedule == "calibrated" and self.num_categories < 2:
-            raise ValueError(f"`noise_schedule='calibrated'` needs at least 2 categories, got {self.num_categories}.")
+        if self.corruption == "gaussian" and self.num_categories < 2:
+            raise ValueError(f"`corruption='gaussian'` needs at least 2 categories, got {self.num_categories}.")
         check_range("timesteps_per_image", self.timesteps_per_image, 1, self.num_timesteps)
         check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
         check_range("pad_loss_weight", self.pad_loss_weight, 0, 1)

@@ -16,10 +16,10 @@ from torch import Tensor
 from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STRATEGIES, check_choice, check_range
 
 
-# Noise on visible tokens, as a share of T, where tokens have timesteps of their own: at most what leaves a token to be
-# doubted (docs/decisions.md, 12 and 13), in training and on one that the sampler has settled on, and hardly any on one
-# that was given.
-SETTLED_TIMESTEP = 0.3
+# Where tokens have timesteps of their own: the highest of a visible token in training, and those to which the sampler
+# re-noises a token that it has settled on and one that was given, as shares of T (docs/decisions.md, 12 to 14).
+HIGHEST_VISIBLE_TIMESTEP = 0.8
+SETTLED_TIMESTEP = 0.1
 GIVEN_TIMESTEP = 0.02
 
 
@@ -176,7 +176,7 @@ def training_timesteps(batch_size: int, timesteps_per_image: int, num_timesteps:
 def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> Tensor:
     r"""
     Gives the tokens of a sequence timesteps of their own, around the sequence's t: with chance t / T a token is at T,
-    pure noise; else its timestep is uniform over 1 ... 0.3 T.
+    pure noise; else its timestep is uniform over 1 ... 0.8 T.
 
     Where all tokens share t, each can be read off its own noisy vector about as well as off its neighbours', and the
     loss is lowest for a network that reads just that. A token at T can only be learned from the image and from what
@@ -192,7 +192,7 @@ def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> T
     """
     shape = (len(timesteps), num_tokens)
     is_hidden = torch.rand(shape, device=timesteps.device) * num_timesteps < timesteps[:, None]
-    highest_visible = max(1, round(SETTLED_TIMESTEP * num_timesteps))
+    highest_visible = max(1, round(HIGHEST_VISIBLE_TIMESTEP * num_timesteps))
     visible = torch.randint(1, highest_visible + 1, shape, device=timesteps.device)
     return torch.where(is_hidden, num_timesteps, visible)
 

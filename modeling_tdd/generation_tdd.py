@@ -415,6 +415,9 @@ class TDDGenerationMixin:
     ) -> None:
         """Called by `from_pretrained`: loads the checkpoint's generation_config.json."""
         kwargs.pop("trust_remote_code", None)
+        # Changes of the model's configuration come here too, `from_pretrained(..., timesteps_per_image=8)`.
+        allowed = self.generation_config_class._DEFAULTS
+        kwargs = {name: value for name, value in kwargs.items() if name in allowed or not hasattr(self.config, name)}
         if generation_config is not None:
             self.generation_config = self._prepare_generation_config(generation_config, {})
         elif pretrained_model_name_or_path is not None:

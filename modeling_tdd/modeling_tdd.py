@@ -45,6 +45,14 @@ logger = logging.get_logger(__name__)
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 
+# Where a checkpoint's own code has the classes that importing this package registers, in Transformers' format.
+AUTO_MAP = {
+    "AutoConfig": "configuration_tdd.TDDConfig",
+    "AutoModel": "modeling_tdd.TDDModel",
+    "AutoModelForImageClassification": "modeling_tdd.TDDForImageClassification",
+    "AutoModelForImageTextToText": "modeling_tdd.TDDForCaptioning",
+}
+
 
 @dataclass
 class TDDModelOutput(ModelOutput):
@@ -89,6 +97,8 @@ class TDDImageClassifierOutput(ModelOutput):
             With `output_trajectory=True`, the predicted probabilities at each denoising step (Fig. 6), float32.
         hidden_states, attentions:
             As in [`TDDModelOutput`], of the last denoising step; in training one row a timestep of an image.
+        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, in training mode with `labels`):
+            For each tenth of the timesteps the sum of the tokens' weighted losses and the sum of their weights.
     """
 
     loss: torch.FloatTensor | None = None
@@ -96,6 +106,7 @@ class TDDImageClassifierOutput(ModelOutput):
     trajectory: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss_by_timestep: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -112,6 +123,11 @@ class TDDCaptioningOutput(ModelOutput):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
             As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
+        encoder_last_hidden_state (`torch.FloatTensor`, *optional*, in eval mode with `labels`):
+            As in [`TDDModelOutput`]. `generate` takes it as `image_features`: loss and captions of a batch from one
+            encoding of its images.
+        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, with `labels`):
+            As in [`TDDImageClassifierOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -119,6 +135,8 @@ class TDDCaptioningOutput(ModelOutput):
     prefix_key_values: KeyValues | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    loss_by_timestep: torch.FloatTensor | None = None
 
 
 # ---- Denoiser
@@ -347,7 +365,9 @@ class TDDPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
-        silently skip an encoder saved under its original ones."""
+        silently skip an encoder saved under its original ones. The checkpoint names all Auto classes, not only that of
+        the saved one: `AutoModel` reads a classifier's checkpoint too."""
+        self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
@@ -706,6 +726,22 @@ class DiffusionLoss(NamedTuple):
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+    loss_by_timestep: Tensor
+
+
+def sum_by_timestep(losses: Tensor, weight: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
+    r"""
+    Args:
+        losses, weight (`torch.Tensor` of shape `(rows, N)`): Of the tokens.
+        timesteps (`torch.LongTensor` of shape `(rows,)` or `(rows, N)`): In 1 ... T.
+        num_timesteps (`int`): T.
+
+    Returns:
+        `torch.Tensor` of shape `(10, 2)`: sums of the weighted losses and of the weights in each tenth of 1 ... T.
+    """
+    tenths = ((timesteps if timesteps.ndim == 2 else timesteps[:, None]) - 1) * 10 // num_timesteps
+    values = torch.stack([weight * losses, weight.expand_as(losses)], dim=-1).detach()
+    return values.new_zeros(10, 2).index_add(0, tenths.expand_as(losses).flatten(), values.flatten(0, 1))
 
 
 def diffusion_loss(
@@ -766,9 +802,16 @@ def diffusion_loss(
         loss = (weight * losses).mean()
     else:
         token_weight = token_weight.repeat_interleave(repeats, dim=0)
+        weight = weight * token_weight
         # At least 1: a batch with nothing to learn has the loss 0, and not NaN.
-        loss = (weight * token_weight * losses).sum() / token_weight.sum().clamp(min=1)
-    return DiffusionLoss(loss, logits.unflatten(0, (batch_size, repeats)), outputs.hidden_states, outputs.attentions)
+        loss = (weight * losses).sum() / token_weight.sum().clamp(min=1)
+    return DiffusionLoss(
+        loss,
+        logits.unflatten(0, (batch_size, repeats)),
+        outputs.hidden_states,
+        outputs.attentions,
+        sum_by_timestep(losses, weight, timesteps, config.num_timesteps),
+    )
 
 
 class TDDForImageClassification(TDDPreTrainedModel):
@@ -870,6 +913,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 logits=outputs.logits[:, :, 0].mean(1),
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
+                loss_by_timestep=outputs.loss_by_timestep,
             )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
@@ -1041,11 +1085,13 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             )
         targets = self._fill_labels(labels)
         is_padding = targets == self.config.pad_token_id
-        prefix = self.model.get_prefix(pixel_values, image_features)
+        if pixel_values is not None and image_features is None:
+            image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+            pixel_values = None
         outputs = diffusion_loss(
             self.model.denoiser,
             self.lm_head,
-            prefix,
+            self.model.get_prefix(pixel_values, image_features),
             targets,
             timesteps,
             noise,
@@ -1057,6 +1103,8 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             logits=outputs.logits.mean(1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            encoder_last_hidden_state=None if self.training else image_features,
+            loss_by_timestep=outputs.loss_by_timestep,
         )
 
     def _fill_labels(self, labels: Tensor) -> Tensor:

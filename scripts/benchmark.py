@@ -11,6 +11,8 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,8 +35,8 @@ class Result:
     job: str
     names: tuple[str, str]
     milliseconds: list[float]
-    mebibytes: list[float]
-    memory: str
+    mebibytes: list[float] = field(default_factory=list)
+    memory: str = ""
     speedup: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,9 +190,29 @@ def benchmark_step(args: argparse.Namespace) -> list[Result]:
     ]
 
 
+# What any user of a checkpoint imports of Transformers. Registering takes the Auto classes' modules, which take torch
+# and Transformers' base classes: there is next to nothing left that could be imported later.
+TRANSFORMERS_PARTS = """from transformers import (
+    AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor,
+    PreTrainedConfig, PreTrainedModel
+)"""
+
+
+def benchmark_import(args: argparse.Namespace) -> list[Result]:
+    """A Python that imports Transformers' parts, against one that imports this package."""
+    names = ("Transformers' parts", "modeling_tdd")
+    programs = (TRANSFORMERS_PARTS, "import modeling_tdd")
+    imports = [
+        partial(subprocess.run, [sys.executable, "-c", program], check=True, capture_output=True)
+        for program in programs
+    ]
+    return [Result("import", "a fresh Python and the import", names, time_in_turns(imports, args.repeats))]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
     "noise": benchmark_noise,
     "step": benchmark_step,
+    "import": benchmark_import,
 }
 
 
@@ -229,11 +251,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = [result for name in args.benchmarks for result in BENCHMARKS[name](args)]
-    print(f"{'job':<62} {'baseline':>18} {'candidate':>20} {'speed-up':>9}   memory, MiB")
+    print(f"{'job':<62} {'baseline':>30} {'candidate':>24} {'speed-up':>9}   memory, MiB")
     for result in results:
         baseline, candidate = (f"{name} {ms:.1f} ms" for name, ms in zip(result.names, result.milliseconds))
-        memory = " to ".join(f"{mib:.1f}" for mib in result.mebibytes) + f" ({result.memory})"
-        print(f"{result.job:<62} {baseline:>18} {candidate:>20} {result.speedup:>8.2f}x   {memory}")
+        memory = " to ".join(f"{mib:.1f}" for mib in result.mebibytes)
+        memory += f" ({result.memory})" if memory else ""
+        print(f"{result.job:<62} {baseline:>30} {candidate:>24} {result.speedup:>8.2f}x   {memory}")
     print("noise: the bytes of one draw of it, computed from its shape; other temporaries come on top.")
     print("peak of resident memory: what a call adds, measured in a process of its own. Steps: processor time.")
     setting = {"threads": args.threads, "torch": torch.__version__, "machine": platform.machine()}

@@ -27,10 +27,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_tdd import TDDConfig, TDDModel
 from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.cli import add_resume_argument
 from modeling_tdd.training.data import Batch, Example, build_train_transform
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import EncoderRecipe, load_recipe
-from modeling_tdd.training.results import markdown_table, save_checkpoint, write_json
+from modeling_tdd.training.results import markdown_table, save_checkpoint, training_folder, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/emoji_encoder.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
+    add_resume_argument(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
     return parser.parse_args()
 
@@ -121,10 +123,10 @@ def score_words(accelerator: Accelerator, model: WordClassifier, loader: DataLoa
     )
 
 
-def run(recipe: EncoderRecipe, seed: int, folder: Path) -> None:
+def run(recipe: EncoderRecipe, seed: int, folder: Path, resume: str) -> None:
     """Trains one encoder, saves it with its image processor to `folder`, and writes `folder/result.json` last."""
     set_seed(seed)
-    accelerator = make_accelerator(recipe.training)
+    accelerator = make_accelerator(recipe.training, training_folder(folder))
     data = load_caption_data(recipe.data)
     train_data = data[recipe.data.train_split]
     counts = count_words(train_data, recipe.evaluation.min_count)
@@ -154,6 +156,8 @@ def run(recipe: EncoderRecipe, seed: int, folder: Path) -> None:
         train_loader,
         evaluate=lambda model: score(model, recipe.data.eval_splits[0]).mean_average_precision,
         description=recipe.name,
+        seed=seed,
+        resume=resume,
     )
     scores = {split: score(model, split) for split in loaders}
     if accelerator.is_main_process:
@@ -170,7 +174,7 @@ def run(recipe: EncoderRecipe, seed: int, folder: Path) -> None:
 def main() -> None:
     args = parse_args()
     recipe = load_recipe(args.recipe, args.set, task="encoder")
-    run(recipe, args.seed, args.output_dir or Path("outputs") / recipe.name)
+    run(recipe, args.seed, args.output_dir or Path("outputs") / recipe.name, args.resume)
 
 
 if __name__ == "__main__":

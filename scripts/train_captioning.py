@@ -23,14 +23,19 @@ from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, nearest_c
 from modeling_tdd.evaluation.captions import caption_metrics, seen_bigrams
 from modeling_tdd.evaluation.step_curves import read_results, score_table
 from modeling_tdd.processing_tdd import TDDProcessor
-from modeling_tdd.training.caption_data import load_caption_data, open_caption_shards, sample_captions
+from modeling_tdd.training.caption_data import (
+    CaptionCollator,
+    load_caption_data,
+    open_caption_shards,
+    sample_captions,
+)
 from modeling_tdd.training.cli import CORRUPTIONS, parse_comparison_args, recipe_method
 from modeling_tdd.training.data import build_train_transform
-from modeling_tdd.training.examples import Batch, Example, ReadCaptioned
+from modeling_tdd.training.examples import Example, ReadCaptioned
 from modeling_tdd.training.features import AugmentedViews, cache_features
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import CaptionRecipe, load_recipe
-from modeling_tdd.training.results import save_checkpoint, write_json
+from modeling_tdd.training.results import save_checkpoint, training_folder, write_json
 from modeling_tdd.training.shards import ShardedRows
 from modeling_tdd.training.streaming import make_stream_loader, report_problems
 from modeling_tdd.training.tokenization import train_tokenizer
@@ -41,6 +46,8 @@ Captioner = TDDForCaptioning | AutoregressiveCaptioner
 
 def make_processor(recipe: CaptionRecipe, captions: list[str]) -> TDDProcessor:
     """The encoder's image processor, or one of the recipe, with a tokenizer trained on the training captions."""
+    if recipe.model_checkpoint is not None:
+        return TDDProcessor.from_pretrained(recipe.model_checkpoint)
     tokenizer = train_tokenizer(captions, **recipe.tokenizer)
     tokenizer.model_max_length = recipe.model["max_position_embeddings"]
     if recipe.encoder is not None:
@@ -68,6 +75,8 @@ def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> C
     }
     if method in CORRUPTIONS:
         fields["corruption"] = CORRUPTIONS[method]
+    if recipe.model_checkpoint is not None:
+        return model_class.from_pretrained(recipe.model_checkpoint, **fields)
     if recipe.encoder is not None:
         return model_class.from_encoder_pretrained(recipe.encoder, **fields)
     return model_class(model_class.config_class(**fields))
@@ -86,27 +95,6 @@ class CachedExamples(Dataset):
     def __getitem__(self, index: int) -> Example:
         view = self.views[int(torch.randint(len(self.views), ()))]
         return {"image_features": view[index], "captions": self.captions[index]}
-
-
-class CaptionCollator:
-    """Batches of `labels`, one caption an image drawn at random, with `image_features` or `pixel_values`."""
-
-    def __init__(self, processor: TDDProcessor, transform: Any = None):
-        self.processor = processor
-        self.transform = transform
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        captions = [e["captions"][int(torch.randint(len(e["captions"]), ()))] for e in examples]
-        labels = self.processor(captions=captions, return_tensors="pt")["labels"]
-        return {**self.encode_images(examples), "labels": labels}
-
-    def encode_images(self, examples: list[Example]) -> Batch:
-        if "image_features" in examples[0]:
-            return {"image_features": torch.stack([example["image_features"] for example in examples])}
-        images = [example["image"].convert("RGB") for example in examples]
-        if self.transform is not None:
-            return {"pixel_values": torch.stack([self.transform(image) for image in images])}
-        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
 
 
 def make_examples(
@@ -152,11 +140,11 @@ def caption_split(
     return captions
 
 
-def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None:
+def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path, resume: str) -> None:
     """Trains one captioner, saves it, and writes its scores to `result.json` last."""
     set_seed(seed)
     folder = output_dir / f"{method}-seed{seed}"
-    accelerator = make_accelerator(recipe.training)
+    accelerator = make_accelerator(recipe.training, training_folder(folder))
     data = load_caption_data(recipe.data)
     rows = open_caption_shards(recipe.data) if recipe.data.streaming else None
     captions = training_captions(accelerator, recipe, data, rows)
@@ -190,6 +178,8 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path) -> None
         train_loader,
         evaluate=lambda model: score(model, recipe.data.eval_splits[0])["token_f1"],
         description=f"{method} seed {seed}",
+        seed=seed,
+        resume=resume,
     )
     if rows is not None:
         report_problems(accelerator, train_loader)
@@ -251,7 +241,7 @@ def main() -> None:
         elif method == "nearest":
             run_nearest(recipe, seed, output_dir)
         else:
-            run(recipe, method, seed, output_dir)
+            run(recipe, method, seed, output_dir, args.resume)
     if state.is_main_process:
         results = read_results(folders.values())
         tables = [f"### {split}\n\n{score_table(results, split)}" for split in recipe.data.eval_splits]

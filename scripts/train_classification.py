@@ -28,7 +28,13 @@ from modeling_tdd.training.data import (
 from modeling_tdd.training.examples import ReadLabelled
 from modeling_tdd.training.loop import make_accelerator, make_loader, train
 from modeling_tdd.training.recipe import EvaluationRecipe, Recipe, load_recipe
-from modeling_tdd.training.results import markdown_table, mean_and_spread, save_checkpoint, write_json
+from modeling_tdd.training.results import (
+    markdown_table,
+    mean_and_spread,
+    save_checkpoint,
+    training_folder,
+    write_json,
+)
 from modeling_tdd.training.streaming import make_stream_loader, report_problems
 
 
@@ -59,10 +65,10 @@ def accuracy_grid(
     return [{**setting, "top1": accuracy(accelerator, model, loader, **setting)} for setting in settings]
 
 
-def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
+def run(recipe: Recipe, method: str, seed: int, folder: Path, resume: str) -> None:
     """Trains one model, saves it to `folder`, and writes its accuracies to `folder/result.json` last."""
     set_seed(seed)
-    accelerator = make_accelerator(recipe.training)
+    accelerator = make_accelerator(recipe.training, training_folder(folder))
     train_data, eval_data, names = load_classification_data(recipe.data)
     image_processor = ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)
     config = TDDConfig(
@@ -88,6 +94,8 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path) -> None:
         train_loader,
         evaluate=lambda model: accuracy(accelerator, model, eval_loader),
         description=f"{method} seed {seed}",
+        seed=seed,
+        resume=resume,
     )
     if recipe.data.streaming:
         report_problems(accelerator, train_loader)
@@ -136,7 +144,7 @@ def main() -> None:
         if (folder / "result.json").exists():
             state.print(f"{folder} is done already.")
         else:
-            run(recipe, method, seed, folder)
+            run(recipe, method, seed, folder, args.resume)
     if state.is_main_process:
         results = [json.loads((folder / "result.json").read_text()) for folder in folders.values()]
         table = result_table(results)

@@ -163,10 +163,12 @@ INT8 = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
 
 
 def assert_close_to(quantised: nn.Module, model: nn.Module, pixel_values: Tensor) -> None:
-    """The same to a few hundredths of the scores' spread, and not the same, or nothing was quantised."""
+    """One step's scores, to a twentieth of their spread, and not equal, or nothing was quantised. After one step the
+    argmax may turn rounding into another token, as it may in any loop of choices."""
+    steps = {} if isinstance(model, TDDForCaptioning) else {"num_inference_steps": 1}
     with torch.no_grad():
-        expected, scores = model(pixel_values).logits, quantised(pixel_values).logits
-    assert 0 < (scores - expected).abs().max() < 0.1 * expected.std()
+        expected, scores = model(pixel_values, **steps).logits, quantised(pixel_values, **steps).logits
+    assert 0 < (scores - expected).square().mean().sqrt() < 0.05 * expected.std()
     assert answer(quantised, pixel_values).shape == answer(model, pixel_values).shape
 
 

@@ -560,7 +560,7 @@ def test_given_places_are_settled_beside_the_share_of_the_others() -> None:
     assert most_confident(scores, 1.0, fixed_mask).all()
 
 
-def test_tokens_are_hidden_by_chance_and_visible_ones_have_little_noise() -> None:
+def test_tokens_are_hidden_by_chance_and_visible_ones_have_less_noise() -> None:
     torch.manual_seed(0)
     num_timesteps = 1000
     timesteps = torch.tensor([1, 250, 1000]).repeat_interleave(2000)
@@ -569,8 +569,8 @@ def test_tokens_are_hidden_by_chance_and_visible_ones_have_little_noise() -> Non
     # Standard errors: below 0.005 for 10,000 tokens
     torch.testing.assert_close(hidden, torch.tensor([0.001, 0.25, 1.0]), atol=0.02, rtol=0)
     visible = drawn[drawn < num_timesteps]
-    assert (visible.min(), visible.max()) == (1, 300)
-    assert visible.float().mean().sub(150.5).abs() < 3
+    assert (visible.min(), visible.max()) == (1, 800)
+    assert visible.float().mean().sub(400.5).abs() < 8
 
 
 # ---- The loop

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Quality of captions against the number of denoising steps: result files side by side, as a table and as a plot."""
+"""Quality against the number of denoising steps: result files side by side, as a table and as a plot."""
 
 import json
 import statistics
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = ("exact_match", "token_f1", "stutter", "fluent")
-PLOTTED = {"exact_match": "exact match, %", "token_f1": "token F1, %"}
+METRICS = ("top1", "exact_match", "token_f1", "stutter", "fluent")
+PLOTTED = {"top1": "top-1, %", "exact_match": "exact match, %", "token_f1": "token F1, %"}
 # Okabe and Ito's colours, told apart by readers with any colour vision, less black and the yellow, too pale for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -42,14 +42,15 @@ Scores = dict[int | None, list[float]]
 
 def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
     r"""
-    Result files of captioning runs.
+    Result files of runs of one task.
 
     Args:
         folders (`Iterable[Path]`): Of runs, each with a `result.json` and, but for methods without a model, a
             checkpoint.
 
     Returns:
-        `list[dict]`: of each run its result, and its `noise_schedule`, `None` for methods that do not denoise.
+        `list[dict]`: of each run its result, a classifier's `accuracy` as `scores` of its one split, and its
+            `noise_schedule`, `None` for methods that do not denoise.
 
     Raises:
         `ValueError`: for a folder without a result, or two runs that differ in neither method, schedule nor seed: they
@@ -61,6 +62,9 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
         if not (folder / "result.json").exists():
             raise ValueError(f"{folder} has no result.json: give folders of finished runs.")
         result = json.loads((folder / "result.json").read_text())
+        if "accuracy" in result:
+            split = result["recipe"]["data"]["eval_split"]
+            result["scores"] = [{"split": split, **entry} for entry in result.pop("accuracy")]
         # Not of the recipe, which leaves defaults out: they may have changed since.
         denoises = any("num_inference_steps" in entry for entry in result["scores"])
         config = json.loads((folder / "config.json").read_text()) if denoises else {}
@@ -78,6 +82,11 @@ def splits_of(results: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(entry["split"] for result in results for entry in result["scores"]))
 
 
+def metrics_of(results: list[dict[str, Any]]) -> list[str]:
+    """The metrics that all results have, in the order of `METRICS`."""
+    return [name for name in METRICS if all(name in entry for result in results for entry in result["scores"])]
+
+
 def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> dict[Line, Scores]:
     """A metric's scores on a split, by line and number of steps."""
     lines: dict[Line, Scores] = {}
@@ -92,16 +101,17 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
     """Scores in percent: a row a line and metric, a column a number of steps, and one for what iteration adds, the
     most steps less the fewest. A model that ignores its noisy tokens gains nothing there. Methods without steps, if
     any, have a last column of their own."""
-    lines = {metric: collect_scores(results, split, metric) for metric in METRICS}
-    counts = {count for scores in lines[METRICS[0]].values() for count in scores}
+    metrics = metrics_of(results)
+    lines = {metric: collect_scores(results, split, metric) for metric in metrics}
+    counts = {count for scores in lines[metrics[0]].values() for count in scores}
     steps = sorted(counts - {None})
     header = ["method", "schedule", "guidance", "metric", *(f"{count} step{'s' * (count > 1)}" for count in steps)]
     header += [f"{steps[-1]} less {steps[0]}"] if steps else []
     header += ["without steps"] if None in counts else []
     rows = []
-    for line in lines[METRICS[0]]:
+    for line in lines[metrics[0]]:
         guidance = "" if line.guidance_scale is None else f"{line.guidance_scale:g}"
-        for metric in METRICS:
+        for metric in metrics:
             scores = lines[metric][line]
             row = [line.method, line.noise_schedule or "", guidance, metric]
             row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
@@ -116,16 +126,17 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
 
 
 def plot_scores(results: list[dict[str, Any]]) -> "Figure":
-    """Exact match and token F1 against the number of steps: a panel a split and metric, a line a [`Line`], its mean
-    and the standard deviation over seeds. Methods without steps are level lines in grey."""
+    """Top-1, or exact match and token F1, against the number of steps: a panel a split and metric, a line a [`Line`],
+    its mean and the standard deviation over seeds. Methods without steps are level lines in grey."""
     from matplotlib.figure import Figure
 
     splits = splits_of(results)
-    figure = Figure(figsize=(3.5 * len(splits) + 0.4, 5.6), layout="constrained")
-    grid = figure.subplots(len(PLOTTED), len(splits), squeeze=False)
+    metrics = [metric for metric in metrics_of(results) if metric in PLOTTED]
+    figure = Figure(figsize=(3.5 * len(splits) + 0.4, 2.6 * len(metrics) + 0.4), layout="constrained")
+    grid = figure.subplots(len(metrics), len(splits), squeeze=False)
     styles = _line_styles(results, splits)
-    for panels, (metric, name) in zip(grid, PLOTTED.items()):
-        panels[0].set_ylabel(name)
+    for panels, metric in zip(grid, metrics):
+        panels[0].set_ylabel(PLOTTED[metric])
         for axes, split in zip(panels, splits):
             _plot_panel(axes, collect_scores(results, split, metric), styles)
     for axes, split in zip(grid[0], splits):
@@ -140,7 +151,7 @@ def plot_scores(results: list[dict[str, Any]]) -> "Figure":
 
 def _line_styles(results: list[dict[str, Any]], splits: list[str]) -> dict[Line, dict[str, Any]]:
     """One look a line in all panels, whether or not each has all lines."""
-    metric = next(iter(PLOTTED))
+    metric = metrics_of(results)[0]
     lines = {
         line: None in scores for split in splits for line, scores in collect_scores(results, split, metric).items()
     }

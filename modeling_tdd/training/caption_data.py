@@ -1,16 +1,20 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Data sets of images and captions: any that `datasets` reads, and COCO 2017 as it is published."""
+"""Data sets of images and captions, any that `datasets` reads and COCO 2017 as it is published, and their batches."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from ..processing_tdd import TDDProcessor
 from .data import two_columns
-from .examples import ReadCaptioned, check_caption_type, drop_bad_examples
+from .examples import Batch, Example, ReadCaptioned, check_caption_type, drop_bad_examples
 from .recipe import CaptionDataRecipe
 from .shards import TABLES, ShardedRows, open_shards, read_whole, shards_of_table
 
@@ -97,3 +101,39 @@ def _coco_rows(file: Path, images: Path, times: tuple[int, ...]) -> Iterator[dic
         captions[annotation["image_id"]].append(annotation["caption"])
     for image in content["images"]:
         yield {"image": str(images / image["file_name"]), "captions": captions[image["id"]]}
+
+
+class CaptionCollator:
+    r"""
+    Batches of `labels`, one caption an image drawn at random and padded to the tokenizer's `model_max_length`, with
+    `image_features` or `pixel_values`.
+
+    Args:
+        processor ([`TDDProcessor`]): The model's.
+        transform (`Callable`, *optional*): Augmentation, from a PIL image to pixels, in place of the image processor.
+
+    Raises:
+        `ValueError`: if the tokenizer has no `model_max_length`.
+    """
+
+    def __init__(self, processor: TDDProcessor, transform: Callable[..., Tensor] | None = None):
+        self.length = processor.tokenizer.model_max_length
+        if self.length > LARGE_INTEGER:
+            raise ValueError("Set `tokenizer.model_max_length` to the model's `max_position_embeddings`.")
+        self.processor = processor
+        self.transform = transform
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        captions = [e["captions"][int(torch.randint(len(e["captions"]), ()))] for e in examples]
+        labels = self.processor(captions=captions, return_tensors="pt")["labels"]
+        padding = (0, self.length - labels.shape[1])
+        labels = nn.functional.pad(labels, padding, value=self.processor.tokenizer.pad_token_id)
+        return {**self.encode_images(examples), "labels": labels}
+
+    def encode_images(self, examples: list[Example]) -> Batch:
+        if "image_features" in examples[0]:
+            return {"image_features": torch.stack([example["image_features"] for example in examples])}
+        images = [example["image"].convert("RGB") for example in examples]
+        if self.transform is not None:
+            return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}

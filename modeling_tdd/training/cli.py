@@ -10,6 +10,16 @@ from typing import Any
 CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
 
 
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="go on from the run's last checkpoint if there is one (the default), from the start, or from the "
+        "checkpoint PATH; the run's later checkpoints are removed",
+    )
+
+
 def parse_comparison_args(description: str, example: str, other_methods: Sequence[str] = ()) -> argparse.Namespace:
     r"""
     Args:
@@ -19,7 +29,7 @@ def parse_comparison_args(description: str, example: str, other_methods: Sequenc
 
     Returns:
         `argparse.Namespace`: `recipe`, `methods` (`None` where not given: see [`recipe_method`]), `seeds`,
-        `output_dir` and `set`.
+        `output_dir`, `resume` and `set`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help=f"YAML file, such as {example}")
@@ -27,8 +37,12 @@ def parse_comparison_args(description: str, example: str, other_methods: Sequenc
     parser.add_argument("--methods", nargs="+", choices=methods, help="what to train; the recipe's by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of each method a seed")
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
+    add_resume_argument(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume not in ("auto", "none") and len(args.methods or [None]) * len(args.seeds) > 1:
+        parser.error(f"--resume {args.resume} is a checkpoint of one run: name one method and one seed")
+    return args
 
 
 def recipe_method(model: dict[str, Any]) -> str:

@@ -2,19 +2,44 @@
 """The training loop: Accelerate moves and synchronises, AdamW steps, timm keeps the moving average of the weights."""
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from datasets import Dataset
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from .batches import count_steps, epoch_batches, stream_position
+from .checkpoints import Checkpoints, Progress, any_process
 from .data import Batch, Example
+from .interruption import StopRequest, leave_signals_to_the_trainer
+from .monitor import Monitor, StepRecord, default_trackers
 from .recipe import TrainingRecipe
+from .seeding import MODEL, EpochSampler, SeededDataset, seed_for
+
+
+# Of a recipe's `training`: what may differ between a run and the checkpoint that it goes on from
+FREE_SETTINGS = (
+    "num_workers",
+    "cpu_threads",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "trackers",
+    "max_skipped_steps",
+)
 
 
 def fast_mixed_precision() -> str:
@@ -27,8 +52,13 @@ def fast_mixed_precision() -> str:
     return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
 
 
-def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
-    """An Accelerator that reaches the recipe's batch size by gradient accumulation, whatever the number of processes.
+def make_accelerator(recipe: TrainingRecipe, folder: Path | None = None) -> Accelerator:
+    r"""
+    An Accelerator that reaches the recipe's batch size by gradient accumulation, whatever the number of processes.
+
+    Args:
+        recipe ([`TrainingRecipe`]): The optimisation.
+        folder (`Path`, *optional*): For the checkpoints and logs of [`train`].
 
     Raises:
         `ValueError`: if the batch size is not a whole number of accumulated device batches.
@@ -37,7 +67,15 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
         torch.set_num_threads(recipe.cpu_threads)
     precision = fast_mixed_precision() if recipe.mixed_precision == "auto" else recipe.mixed_precision
     # Without `cpu=True` Accelerate runs processes that have no GPU as so many separate trainings.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),
+        # An epoch has whole steps only, and the loader is one batch ahead of the loop.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
+        log_with=[] if folder is None else default_trackers() if recipe.trackers is None else recipe.trackers,
+        step_scheduler_with_optimizer=False,
+    )
     device_batch_size = recipe.device_batch_size or recipe.batch_size // accelerator.num_processes
     steps, remainder = divmod(recipe.batch_size, max(1, device_batch_size) * accelerator.num_processes)
     if remainder or steps == 0:
@@ -61,21 +99,109 @@ def make_loader(
     shuffle: bool,
     seed: int = 0,
 ) -> DataLoader:
-    """Batches of one device's share, sharded over the processes by Accelerate. Training drops a last short batch."""
+    r"""
+    Batches of one device's share, sharded over the processes by Accelerate.
+
+    To train (`shuffle=True`) they are what [`EpochSampler`] and [`SeededDataset`] make of the seed.
+    """
     device_batch_size = recipe.batch_size // (accelerator.gradient_accumulation_steps * accelerator.num_processes)
     if shuffle and len(dataset) < recipe.batch_size:
         raise ValueError(f"`training.batch_size` is {recipe.batch_size}, but there are only {len(dataset)} images.")
     loader = DataLoader(
-        dataset,
+        SeededDataset(dataset, seed) if shuffle else dataset,
         batch_size=device_batch_size,
-        shuffle=shuffle,
+        sampler=EpochSampler(len(dataset), recipe.batch_size, seed) if shuffle else None,
         drop_last=shuffle,
         collate_fn=collate,
         num_workers=recipe.num_workers,
         persistent_workers=recipe.num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=leave_signals_to_the_trainer,
     )
     return accelerator.prepare(loader)
+
+
+@dataclass
+class TrainingState:
+    """What [`train`] trains, and how far it is."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: ModelEmaV3
+    seed: int
+    progress: Progress
+
+
+def prepare_training(
+    accelerator: Accelerator, recipe: TrainingRecipe, model: nn.Module, steps_per_epoch: int, seed: int
+) -> TrainingState:
+    """Makes the optimiser, the schedule and the moving average, and hands all of them to Accelerate."""
+    # Before Accelerate shards the model: the average is whole in each process. With its warm-up it follows a short run
+    # too: its horizon grows with the steps taken.
+    ema = ModelEmaV3(model.to(accelerator.device), decay=recipe.ema_decay, use_warmup=True)
+    optimizer = torch.optim.AdamW(
+        param_groups_weight_decay(model, recipe.weight_decay),
+        lr=recipe.learning_rate,
+        betas=(0.9, recipe.adam_beta2),
+        fused=True,
+    )
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, round(recipe.warmup_epochs * steps_per_epoch), steps_per_epoch * recipe.epochs
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if isinstance(model, FSDPModule) and isinstance(embedding := model.get_input_embeddings(), FSDPModule):
+        # FSDP gathers a module's weights when it is called, but the embedding is read as the matrix W.
+        model.register_forward_pre_hook(lambda *_: embedding.unshard())
+    return TrainingState(accelerator, model, optimizer, scheduler, ema, seed, Progress())
+
+
+def update_ema(state: TrainingState) -> None:
+    """One step of the moving average. Weights that FSDP has sharded are gathered: all processes must call it."""
+    weights = state.accelerator.unwrap_model(state.model).state_dict()
+    weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+    state.ema.update(SimpleNamespace(state_dict=lambda: weights), step=state.progress.step)
+
+
+def take_step(state: TrainingState, batches: list[Batch], max_grad_norm: float) -> StepRecord:
+    r"""
+    One optimiser step on this process's device batches.
+
+    Where the loss or the gradient is not finite in any process, the weights are left as they are in all of them.
+    """
+    accelerator, progress = state.accelerator, state.progress
+    start = time.perf_counter()
+    sums = None
+    for index, batch in enumerate(batches):
+        # The place of this device batch in the epoch, which all processes share out in turn
+        place = (progress.step_in_epoch * len(batches) + index) * accelerator.num_processes + accelerator.process_index
+        set_seed(seed_for(state.seed, MODEL, progress.epoch, place))
+        with accelerator.accumulate(state.model):
+            outputs = state.model(**batch)
+            accelerator.backward(outputs.loss)
+        by_timestep = getattr(outputs, "loss_by_timestep", None)
+        values = outputs.loss.detach().float()[None]
+        if by_timestep is not None:
+            values = torch.cat([values, by_timestep.float().flatten()])
+        sums = values if sums is None else sums + values
+    grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+    grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+    loss, *by_timestep = accelerator.reduce(sums, reduction="sum").tolist()
+    loss /= len(batches) * accelerator.num_processes
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if is_finite or accelerator.scaler is not None:  # the scaler must see a gradient that is not, to lower its scale
+        state.optimizer.step()
+    skipped = not is_finite or accelerator.optimizer_step_was_skipped
+    state.optimizer.zero_grad()
+    state.scheduler.step()
+    progress.step += 1
+    progress.step_in_epoch += 1
+    progress.skipped_steps += skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+    if not skipped:
+        update_ema(state)
+    pairs = [by_timestep[i : i + 2] for i in range(0, len(by_timestep), 2)]
+    return StepRecord(loss, grad_norm, pairs or None, skipped, time.perf_counter() - start, wait_seconds=0.0)
 
 
 def train(
@@ -85,54 +211,80 @@ def train(
     loader: DataLoader,
     evaluate: Callable[[PreTrainedModel], float],
     description: str = "training",
+    seed: int = 0,
+    resume: str = "auto",
+    steps_per_epoch: int | None = None,
 ) -> PreTrainedModel:
     r"""
-    Trains a model in place.
+    Trains a model in place, with checkpoints to go on from and logs in the accelerator's `project_dir`.
 
     Args:
-        accelerator (`Accelerator`): From [`make_accelerator`].
+        accelerator (`Accelerator`): From [`make_accelerator`], with a folder.
         recipe ([`TrainingRecipe`]): The optimisation.
         model (`PreTrainedModel`): Returns a `loss` in training mode.
-        loader (`DataLoader`): From [`make_loader`].
+        loader (`DataLoader`):
+            From [`make_loader`]; or one of an `IterableDataset`, of this process's device batches alone. The dataset
+            has `set_epoch(int)` and, for the position after the last batch that the loader gave, `state_dict()` and
+            `load_state_dict(dict)`: numbers and strings, for JSON.
         evaluate (`Callable`): From a model to its score, shown as training goes.
         description (`str`, *optional*): Of the progress bar.
+        seed (`int`, *optional*, defaults to 0): Of all that is drawn at random in training.
+        resume (`str`, *optional*, defaults to `"auto"`): As in [`Checkpoints.resume`].
+        steps_per_epoch (`int`, *optional*): Optimiser steps in an epoch at most, by default by the loader's length.
 
     Returns:
         `PreTrainedModel`: the moving average of the model, in eval mode: what to evaluate and to publish.
-    """
-    optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(model, recipe.weight_decay),
-        lr=recipe.learning_rate,
-        betas=(0.9, recipe.adam_beta2),
-        fused=True,
-    )
-    steps_per_epoch = math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
-    total_steps = steps_per_epoch * recipe.epochs
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup_epochs * steps_per_epoch), total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # With its warm-up the average follows a short run too: its horizon grows with the steps taken.
-    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay, use_warmup=True)
 
-    bar = tqdm(total=total_steps, desc=description, disable=not accelerator.is_local_main_process)
-    score, step = None, 0
-    for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        for batch in loader:
-            with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                scheduler.step()
-                step += 1
-                ema.update(accelerator.unwrap_model(model), step=step)
-                bar.update()
-        if epoch % recipe.eval_every == 0 or epoch == recipe.epochs:
-            score = evaluate(ema.module)
-        bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", **({} if score is None else {"eval": f"{score:.2%}"}))
-    bar.close()
+    Raises:
+        `ValueError`: without a folder, without `steps_per_epoch` for a loader without a length, or as in
+            [`Checkpoints.resume`].
+        `OSError`: if a checkpoint could not be written.
+        `FloatingPointError`: after more than `max_skipped_steps` steps in a row that were not finite.
+        `SystemExit`: after SIGTERM or SIGINT, with a checkpoint; its code is 128 plus the signal's number.
+    """
+    if accelerator.project_dir is None:
+        raise ValueError("`train` needs a folder: `make_accelerator(recipe, folder)`.")
+    steps_per_epoch = count_steps(accelerator, loader, steps_per_epoch)
+    state = prepare_training(accelerator, recipe, model, steps_per_epoch, seed)
+    settings = {name: value for name, value in asdict(recipe).items() if name not in FREE_SETTINGS}
+    settings |= {"seed": seed, "steps_per_epoch": steps_per_epoch, "processes": accelerator.num_processes}
+    checkpoints = Checkpoints(accelerator, state.ema.module, recipe.keep_checkpoints, settings)
+    state.progress, stream = checkpoints.resume(resume)
+    progress = state.progress
+    total_steps = steps_per_epoch * recipe.epochs
+    monitor = Monitor(accelerator, recipe.log_every, recipe.batch_size, total_steps, progress.step, description)
+    with StopRequest() as stop:
+        while progress.epoch < recipe.epochs:
+            state.model.train()
+            for batches, wait in epoch_batches(accelerator, loader, progress, steps_per_epoch, stream):
+                learning_rate = state.scheduler.get_last_lr()[0]
+                record = take_step(state, batches, recipe.max_grad_norm)
+                record.seconds, record.wait_seconds = record.seconds + wait, wait
+                monitor.record(record, progress.step, progress.epoch + 1, learning_rate, progress.skipped_steps)
+                guard(state, checkpoints, recipe, loader, stop)
+            stream = None
+            if (progress.epoch + 1) % recipe.eval_every == 0 or progress.epoch + 1 == recipe.epochs:
+                monitor.evaluated(evaluate(state.ema.module), progress.step, progress.epoch + 1)
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+    checkpoints.save(progress)
+    monitor.close()
     accelerator.free_memory()
-    return ema.module
+    return state.ema.module
+
+
+def guard(
+    state: TrainingState, checkpoints: Checkpoints, recipe: TrainingRecipe, loader: DataLoader, stop: StopRequest
+) -> None:
+    """After a step: stops a run that does not learn, saves when it is time, and saves and leaves when asked to."""
+    accelerator, progress = state.accelerator, state.progress
+    if progress.skipped_in_a_row > recipe.max_skipped_steps:
+        raise FloatingPointError(
+            f"The loss or its gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
+            f"{progress.step}. {checkpoints.describe_last()}."
+        )
+    must_stop = any_process(accelerator, stop.signal is not None)
+    if must_stop or progress.step % recipe.checkpoint_every == 0:
+        folder = checkpoints.save(progress, stream_position(loader))
+    if must_stop:
+        accelerator.print(f"Stopped by a signal. The same command goes on from {folder}.")
+        raise SystemExit(128 + (stop.signal or StopRequest.SIGNALS[0]))

@@ -124,6 +124,11 @@ class TrainingRecipe:
         num_workers (`int`): Processes that load data.
         cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest on one.
         eval_every (`int`): Epochs between evaluations.
+        checkpoint_every (`int`): Optimiser steps between checkpoints to resume from; there is one at the end too.
+        keep_checkpoints (`int`): How many of them are kept.
+        log_every (`int`): Optimiser steps a line of the log.
+        trackers (`list[str]`, *optional*): Accelerate's trackers; by default TensorBoard where it is installed.
+        max_skipped_steps (`int`): How many steps in a row may be skipped for a loss that is not finite.
     """
 
     epochs: int
@@ -139,9 +144,14 @@ class TrainingRecipe:
     num_workers: int = 0
     cpu_threads: int | None = None
     eval_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 50
+    trackers: list[str] | None = None
+    max_skipped_steps: int = 10
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "eval_every"):
+        for name in ("epochs", "batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
@@ -232,6 +242,8 @@ class CaptionRecipe(Recipe):
         encoder (`str`, *optional*):
             Id or folder of a pretrained encoder, a relative path starting at the working directory. With
             `model.freeze_encoder` its features are computed once.
+        model_checkpoint (`str`, *optional*):
+            Id or folder of a captioner to go on from, in place of `encoder` and `tokenizer`.
         feature_views (`int`): Augmented views of each training picture whose features are kept, for a frozen encoder.
     """
 
@@ -239,6 +251,7 @@ class CaptionRecipe(Recipe):
     evaluation: CaptionEvaluationRecipe = field(default_factory=CaptionEvaluationRecipe)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     encoder: str | None = None
+    model_checkpoint: str | None = None
     feature_views: int = 1
 
 

@@ -22,6 +22,11 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def training_folder(folder: Path) -> Path:
+    """Of the checkpoints and logs of a run: beside `folder`, the run's model, which is replaced whole."""
+    return folder.with_name(f"{folder.name}-training")
+
+
 def save_checkpoint(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
     """Saves model and processor to a temporary folder beside `folder` and moves it there, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)

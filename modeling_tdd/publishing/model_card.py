@@ -1,0 +1,193 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""A run folder's model card: its data, recipe, scores over seeds with their plot, limits and citation."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..evaluation.step_curves import metrics_of, read_results, score_table, splits_of
+
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+CARD_FILE, PLOT_FILE = "README.md", "steps.png"
+TASKS = {"TDDForImageClassification": "image-classification", "TDDForCaptioning": "image-text-to-text"}
+METHODS = {"gaussian": "Tweedie discrete diffusion (TDD)", "mask": "masked discrete diffusion (MDD), TDD's rival"}
+HUB_METRICS = {"top1": "accuracy", "token_f1": "f1"}  # those that have another name on the Hub
+GLOSSARY = {
+    "image-classification": "`top1`: the likeliest label is right.",
+    "image-text-to-text": (
+        "`exact_match`: the whole caption is right; `token_f1`: overlap of its words with the reference's; `stutter`: "
+        "share of captions with a token twice in succession; `fluent`: share of those whose neighbouring words all "
+        "stand so in training captions."
+    ),
+}
+CITATION = """```bibtex
+@article{li2025tdd,
+  title   = {In-Situ Tweedie Discrete Diffusion Models},
+  author  = {Li, Xiao and Zhang, Jiaqi and Zhang, Shuxiang and Chen, Tianshui and Lin, Liang and Wang, Guangrun},
+  journal = {arXiv preprint arXiv:2510.01047},
+  year    = {2025}
+}
+```"""
+
+Result = dict[str, Any]
+
+
+def read_runs(folder: Path, others: list[Path] | None = None) -> list[Result]:
+    r"""
+    The results of a run and of those to show beside it, the run's own first.
+
+    Args:
+        folder (`Path`): A run folder, such as `outputs/emoji/tdd-seed0`.
+        others (`list[Path]`, *optional*): Folders of its other seeds and of its rivals. By default those beside it.
+
+    Raises:
+        `ValueError`: if a folder has no result.json, or another's recipe is not the run's.
+    """
+    if others is None:
+        others = [file.parent for file in sorted(folder.resolve().parent.glob("*-seed*/result.json"))]
+    others = [other for other in others if other.resolve() != folder.resolve()]
+    results = read_results([folder, *others])
+    for other, result in zip(others, results[1:]):
+        if result["recipe"] != results[0]["recipe"]:
+            raise ValueError(f"{other} was trained by another recipe than {folder}: their scores do not compare.")
+    return results
+
+
+def make_card(
+    results: list[Result], config: dict[str, Any], num_parameters: int, repo_id: str, num_steps: int
+) -> ModelCard:
+    r"""
+    Args:
+        results (`list[Result]`): As of [`read_runs`].
+        config (`dict`): The model's config.json.
+        num_parameters (`int`): Of the model.
+        repo_id (`str`): The model's name on the Hub, or its folder.
+        num_steps (`int`): Denoising steps that the model takes by default.
+    """
+    own, recipe = results[0], results[0]["recipe"]
+    task = TASKS[config["architectures"][0]]
+    name = f"{recipe['name']}-{own['method']}"
+    seeds = sorted({result["seed"] for result in results if result["method"] == own["method"]})
+    data_name, data_text, data_readme = describe_data(recipe["data"])
+    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    return ModelCard.from_template(
+        ModelCardData(
+            model_name=name,
+            license="apache-2.0",
+            library_name="transformers",
+            pipeline_tag=task,
+            language=None if task == "image-classification" else "en",
+            tags=["tdd", "discrete-diffusion", "arxiv:2510.01047"],
+            datasets=[data_name],
+            metrics=[HUB_METRICS.get(metric, metric) for metric in metrics_of(results)],
+            eval_results=eval_results(own, task, data_name, num_steps),
+        ),
+        template_path=str(TEMPLATE),
+        model_name=name,
+        repo_id=repo_id,
+        pipeline_tag=task,
+        summary=_summary(config, task, num_parameters),
+        call='pipe("image.png")' if task == "image-classification" else 'pipe("image.png", text="")',
+        data=data_text,
+        data_readme=data_readme,
+        training=_training(recipe, own["seed"]),
+        recipe=yaml.safe_dump(without_machine_paths(recipe), sort_keys=False, allow_unicode=True).strip(),
+        seeds=f"Scores in %, {spread}.",
+        glossary=GLOSSARY[task],
+        tables="\n\n".join(f"### {split}\n\n{score_table(results, split)}" for split in splits_of(results)),
+        plot=PLOT_FILE,
+        limits=_limits(recipe, config, task, data_name),
+        citation=CITATION,
+    )
+
+
+def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> list[EvalResult]:
+    """The published weights' own scores without guidance, at the number of steps nearest to the default's."""
+    unguided = [entry for entry in result["scores"] if entry["guidance_scale"] == 1]
+    chosen = []
+    for split in dict.fromkeys(entry["split"] for entry in unguided):
+        entries = [entry for entry in unguided if entry["split"] == split]
+        entry = min(entries, key=lambda entry: abs(entry["num_inference_steps"] - num_steps))
+        chosen += [
+            EvalResult(
+                task_type=task,
+                dataset_type=data_name,
+                dataset_name=data_name,
+                dataset_split=split,
+                metric_type=HUB_METRICS.get(metric, metric),
+                metric_name=f"{metric}, {entry['num_inference_steps']} denoising steps",
+                metric_value=round(100 * entry[metric], 2),
+            )
+            for metric in metrics_of([result])
+        ]
+    return chosen
+
+
+def describe_data(data: dict[str, Any]) -> tuple[str, str, str | None]:
+    """The data set's name, a sentence on it, and its README.md where one lies beside its files."""
+    splits = data.get("eval_splits") or [data["eval_split"]]
+    usage = f"Trained on `{data['train_split']}`, scored on {', '.join(f'`{split}`' for split in splits)}."
+    if data["path"] == "digits":
+        return "digits", f"scikit-learn's 8x8 handwritten digits (`load_digits`). {usage}", None
+    local = data["data_dir"] or next(iter((data["data_files"] or {}).values()), None)
+    if local is None:
+        return data["path"], f"[{data['path']}](https://huggingface.co/datasets/{data['path']}). {usage}", None
+    folder = Path(local) if data["data_dir"] else Path(local).parent
+    readme = folder / "README.md"
+    text = None
+    if readme.exists():  # less its title; its headings stand below the card's
+        lines = [line for line in readme.read_text().splitlines() if not line.startswith("# ")]
+        text = "\n".join(f"##{line}" if line.startswith("#") else line for line in lines).strip()
+    return folder.name, f"`{folder.name}`, read by `datasets` as {data['path']}. {usage}", text
+
+
+def without_machine_paths(value: Any) -> Any:
+    """A recipe with the last two parts of each absolute path: the layout of the author's disc is no one's business."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_machine_paths(item) for item in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return "/".join(Path(value).parts[-2:])
+    return value
+
+
+def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
+    what = "An image classifier" if task == "image-classification" else "An image captioner"
+    return (
+        f"{what} by {METHODS[config['corruption']]}, [arXiv 2510.01047](https://arxiv.org/abs/2510.01047), with a "
+        f"`{config['vision_config']['model_type']}` encoder and {num_parameters / 1e6:.2f} M parameters."
+    )
+
+
+def _training(recipe: dict[str, Any], seed: int) -> str:
+    training = recipe["training"]
+    encoder = recipe.get("encoder")
+    start = "from scratch"
+    if encoder is not None:
+        frozen = " frozen" if recipe["model"].get("freeze_encoder") else ""
+        start = f"from the{frozen} encoder `{without_machine_paths(encoder)}`"
+    return (
+        f"{training['epochs']} epochs of AdamW {start}: batch size {training['batch_size']}, learning rate "
+        f"{training['learning_rate']:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
+        f"moving average of decay {training['ema_decay']:g}."
+    )
+
+
+def _limits(recipe: dict[str, Any], config: dict[str, Any], task: str, data_name: str) -> list[str]:
+    limits = [f"It has learned from `{data_name}` alone; pictures of other kinds get an answer all the same."]
+    if task == "image-classification":
+        limits.append(f"It knows {len(config['id2label'])} labels and has no answer for anything else.")
+    else:
+        limits.append(
+            f"It writes captions of at most {config['max_position_embeddings']} tokens out of {config['vocab_size']}, "
+            "in the words and the form of its training captions."
+        )
+    if size := recipe["image_processor"].get("size"):
+        pixels = " x ".join(map(str, size.values()))
+        limits.append(f"Images are scaled to {pixels} pixels: finer detail is lost.")
+    limits.append("Nobody has looked for social biases that it may have taken over from its data.")
+    return limits

@@ -1,0 +1,193 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""The moving average of the weights for `Trainer`: what it evaluates, saves and publishes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+
+
+class EMACallback(TrainerCallback):
+    r"""
+    Keeps a moving average of what trains, and hands it to `Trainer` wherever a model is shown to anyone.
+
+    - An evaluation, `load_best_model_at_end` and each checkpoint's `model.safetensors` (or adapter) are the average's,
+      so `from_pretrained` and the Hub get the average from any checkpoint.
+    - The weights that training goes on from lie beside it, as `training_weights.safetensors`. A resumed run ends with
+      the same weights and the same average, bit for bit, as an unbroken one.
+    - After `Trainer.train` the model holds the average: `evaluate`, `save_model` and `push_to_hub` need nothing more.
+
+    Trainable parameters and floating-point buffers (batch norms') are averaged. Frozen weights are not copied, so LoRA
+    costs no second base model. A callback that asks for evaluations or checkpoints must come before this one.
+
+    Args:
+        decay (`float`, *optional*, defaults to 0.9999):
+            Of the average. It grows up to this with the steps taken, as in timm: the average follows a short run too.
+
+    Raises:
+        `ValueError`: for a decay out of [0, 1), weights in half precision, sharded weights (FSDP, DeepSpeed),
+            `enable_jit_checkpoint`, or a checkpoint to resume from that was saved without this callback.
+
+    Example:
+
+    ```python
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EMACallback(decay=0.999)])
+    >>> trainer.train()
+    >>> trainer.save_model("published")  # the average
+    ```"""
+
+    def __init__(self, decay: float = 0.9999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
+        self.decay = decay
+        self._forget()
+
+    def _forget(self) -> None:
+        self.names: list[str] = []
+        self.own: nn.ParameterList | None = None  # the model's own tensors, not copies
+        self.ema: ModelEmaV3 | None = None
+        self.is_swapped = False  # whether the model holds the average, and `ema` the training weights
+        self.saved_step: int | None = None
+
+    # ---- Events
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._forget()
+        tensors = averaged_tensors(model)
+        check_support(args, tensors)
+        self.names = list(tensors)
+        self.own = nn.ParameterList(tensors.values())
+        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=True)
+        if state.global_step > 0:
+            self._resume(args, state)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._hold_average(False)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._hold_average(False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.ema.update(self.own, step=state.global_step)
+        self._prepare(args, state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._prepare(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if not self.is_swapped:
+            raise ValueError(
+                "A checkpoint was saved that `EMACallback` did not know of. Callbacks that set `control.should_save` "
+                "must come before it in `callbacks`."
+            )
+        self._save(args, state)  # `save_strategy="best"` decides to save only after the evaluation
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        has_loaded_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if not has_loaded_best:  # the best model is an average already
+            self._hold_average(True)
+        self._forget()
+
+    # ---- What they do
+
+    def _prepare(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Between an optimiser step and what `Trainer` does next."""
+        if control.should_evaluate or control.should_save:
+            self._hold_average(True)
+        if control.should_save:
+            # Before anything of `Trainer`'s own: a checkpoint with a trainer_state.json has these weights too.
+            self._save(args, state)
+
+    @torch.no_grad()
+    def _hold_average(self, wanted: bool) -> None:
+        """Exchanges training weights and average, in place, if the model holds the other."""
+        if self.is_swapped == wanted:
+            return
+        for own, other in zip(self.own, self.ema.module):
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
+        self.is_swapped = wanted
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Writes the training weights, which `ema` holds by now, whole or not at all."""
+        if self.saved_step == state.global_step:
+            return
+        self.saved_step = state.global_step
+        if not args.should_save or args.save_only_model:
+            return
+        folder = checkpoint_folder(args, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{TRAINING_WEIGHTS_NAME}.tmp"
+        save_file({name: tensor.detach() for name, tensor in zip(self.names, self.ema.module)}, temporary)
+        os.replace(temporary, folder / TRAINING_WEIGHTS_NAME)
+
+    @torch.no_grad()
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """`Trainer` has loaded the average into the model; here `ema` gets the training weights. The first step begins
+        by exchanging them."""
+        given = args.resume_from_checkpoint
+        folder = Path(given) if given and Path(given).is_dir() else checkpoint_folder(args, state)
+        state_file = folder / TRAINER_STATE_NAME
+        if not state_file.exists() or TrainerState.load_from_json(state_file).log_history != state.log_history:
+            raise ValueError(
+                f"`EMACallback` looked for the checkpoint of step {state.global_step} in {folder}, and it is not the "
+                "one that `Trainer` resumes from: name that in `TrainingArguments(resume_from_checkpoint=...)` too."
+            )
+        file = folder / TRAINING_WEIGHTS_NAME
+        if not file.exists():
+            raise ValueError(f"{folder} lacks {TRAINING_WEIGHTS_NAME}: it was saved without `EMACallback`.")
+        saved = load_file(file)
+        if saved.keys() != set(self.names):
+            different = sorted(saved.keys() ^ set(self.names))
+            raise ValueError(f"{file} holds other weights than those that train now; they differ in {different[:5]}.")
+        for name, other in zip(self.names, self.ema.module):
+            other.copy_(saved[name])
+        self.is_swapped = True
+
+
+def averaged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters and floating-point buffers by name: all that training can change, but for counters."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+def check_support(args: TrainingArguments, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` for what [`EMACallback`] would get wrong."""
+    if args.enable_jit_checkpoint:
+        raise ValueError("`EMACallback` needs `enable_jit_checkpoint=False`: such checkpoints tell no callback.")
+    if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("`EMACallback` needs whole weights on each device, so no FSDP and no DeepSpeed.")
+    half = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype.itemsize < 4})
+    if half:
+        raise ValueError(
+            f"`EMACallback` needs float32 weights, got {', '.join(half)}: an average's small steps are rounded away. "
+            "Load the model with `dtype=torch.float32` and train with `bf16=True`."
+        )
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where `Trainer` saves the checkpoint of the present step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+__all__ = ["EMACallback"]
