@@ -126,7 +126,7 @@ class TDDCaptioningOutput(ModelOutput):
         encoder_last_hidden_state (`torch.FloatTensor`, *optional*, in eval mode with `labels`):
             As in [`TDDModelOutput`]. `generate` takes it as `image_features`: loss and captions of a batch from one
             encoding of its images.
-        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, with `labels`):
+        loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, in training mode with `labels`):
             As in [`TDDImageClassifierOutput`].
     """
 
@@ -1103,8 +1103,9 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
             logits=outputs.logits.mean(1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            # Trainer gathers all that an evaluation returns, row by row
             encoder_last_hidden_state=None if self.training else image_features,
-            loss_by_timestep=outputs.loss_by_timestep,
+            loss_by_timestep=outputs.loss_by_timestep if self.training else None,
         )
 
     def _fill_labels(self, labels: Tensor) -> Tensor:
