@@ -94,6 +94,8 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
     key_values = list(encoder(pixel_values))
     names = [f"{name}_{layer}" for layer in range(len(key_values) // 2) for name in ("prefix_key", "prefix_value")]
     rows = {0: Dim("rows")}
+    # The null condition is one token long, a caption's condition many
+    of_prefix = rows if key_values[0].shape[2] == 1 else {**rows, 2: Dim("prefix_length")}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         folder = Path(temporary) / output.name
@@ -114,7 +116,7 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
             folder / "denoiser_step.onnx",
             input_names=["inputs_embeds", "timesteps", *names],
             output_names=["logits"],
-            dynamic_shapes=(rows, rows, [rows] * len(names)),
+            dynamic_shapes=(rows, rows, [of_prefix] * len(names)),
             dynamo=True,
             verbose=False,
         )
@@ -133,13 +135,19 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
 
 
 def compare(model: TDDForCaptioning | TDDForImageClassification, folder: Path, names: list[str], rows: int) -> float:
-    """The largest difference between graphs and model, in scores, keys and values."""
+    """The largest difference between graphs and model: keys and values, scores with a condition and without."""
     pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows)
-    expected = list(PrefixEncoder(model)(pixel_values))
-    expected.append(DenoiserStep(model)(inputs_embeds, timesteps, expected))
+    step, denoiser = DenoiserStep(model), model.model.denoiser
+    conditional = list(PrefixEncoder(model)(pixel_values))
+    null_prefix = denoiser.null_prefix.expand(rows, -1, -1)
+    unconditional = [tensor for pair in denoiser.encode_prefix(null_prefix) for tensor in pair]
+    expected = [*conditional, *(step(inputs_embeds, timesteps, given) for given in (conditional, unconditional))]
+
     made = onnxruntime.InferenceSession(folder / "encoder.onnx").run(names, {"pixel_values": pixel_values.numpy()})
-    inputs = {"inputs_embeds": inputs_embeds.numpy(), "timesteps": timesteps.numpy(), **dict(zip(names, made))}
-    made += onnxruntime.InferenceSession(folder / "denoiser_step.onnx").run(["logits"], inputs)
+    session = onnxruntime.InferenceSession(folder / "denoiser_step.onnx")
+    inputs = {"inputs_embeds": inputs_embeds.numpy(), "timesteps": timesteps.numpy()}
+    for given in (list(made), [tensor.numpy() for tensor in unconditional]):
+        made += session.run(["logits"], {**inputs, **dict(zip(names, given))})
     return max(float(np.abs(array - tensor.numpy()).max()) for array, tensor in zip(made, expected, strict=True))
 
 
