@@ -82,6 +82,7 @@ class TDDConfig(PreTrainedConfig):
             of Table 2 ("w/ regression loss").
         loss_weighting (`str`, *optional*, defaults to `"alpha_bar"`):
             `"alpha_bar"` weights the loss by the timestep-conditioned coefficient of Section 3.2, `"none"` does not.
+            With many categories `alpha_bar` of the `"projected"` schedule is near 1 but for the last timesteps.
         one_hot_scale (`float`, *optional*, defaults to 1.0):
             Lambda of the paper's lambda-hot labels (Section 3.2), in (0, 1].
         condition_dropout (`float`, *optional*, defaults to 0.1):

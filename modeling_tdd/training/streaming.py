@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .examples import MAX_NAMED, BadExample, Batch, Example, ReadExample, Row, name_problems
 from .recipe import CaptionDataRecipe, DataRecipe, TrainingRecipe
+from .seeding import seed_for
 from .shards import ShardedRows, unbroken_rows
 
 
@@ -214,7 +215,7 @@ def random_generator(*key: int) -> np.random.Generator:
 def seeded(*key: int) -> Iterator[None]:
     """Within it the global generators, which augmentations draw from, depend on the key alone; then they go on."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = seed_for(*key)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
