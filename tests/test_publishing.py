@@ -147,7 +147,7 @@ def write_result(folder: Path, method: str, seed: int, token_f1: float, recipe: 
     ]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
-        (folder / "config.json").write_text(json.dumps({"noise_schedule": "calibrated"}))
+        (folder / "config.json").write_text(json.dumps({"noise_schedule": "projected"}))
     result = {"method": method, "seed": seed, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -184,8 +184,8 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
         [cell.strip() for cell in line.split("|")[1:-1]] for line in score_table(results, "validation").split("\n")
     ]
     assert rows[0] == ["method", "schedule", "guidance", "metric", "1 step", "10 steps", "10 less 1"]
-    assert ["tdd", "calibrated", "1", "token_f1", "42.00 ± 2.00", "52.00 ± 2.00", "10.00 ± 0.00"] in rows
-    assert ["mdd", "calibrated", "1", "token_f1", "38.00", "48.00", "10.00"] in rows
+    assert ["tdd", "projected", "1", "token_f1", "42.00 ± 2.00", "52.00 ± 2.00", "10.00 ± 0.00"] in rows
+    assert ["mdd", "projected", "1", "token_f1", "38.00", "48.00", "10.00"] in rows
     # The metadata tells of the published weights, not of the mean
     published = eval_results(results[0], "image-text-to-text", "emoji_mini", num_steps=10)
     values = {(entry.dataset_split, entry.metric_type): entry.metric_value for entry in published}
