@@ -71,7 +71,6 @@ def _calibrated_alpha_bar(num_timesteps: int, num_categories: int, one_hot_scale
 
 
 @cache
-@torch.compiler.assume_constant_result
 def alpha_bar_schedule(
     noise_schedule: str,
     num_timesteps: int,

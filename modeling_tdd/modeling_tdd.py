@@ -315,7 +315,11 @@ class TDDPreTrainedModel(PreTrainedModel):
                 "The tokens of a classifier are its labels. To change their number, load it with "
                 "`from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True)`."
             )
-        return super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, TDDDenoiser):
+                module.set_schedule()
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -388,26 +392,31 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._cached_factor: tuple[tuple, Tensor] | None = None
-        _ = self.alpha_bar  # cached for all models: a first call within `torch.export` would keep its fake tensors
+        self.set_schedule()
         self.post_init()
 
-    @property
-    def alpha_bar(self) -> Tensor:
-        """The schedule, of shape `(num_timesteps + 1,)`. No buffer: it must stay float32 in a half-precision model."""
+    def set_schedule(self) -> None:
+        """Computes what the diffusion process needs of the configuration, anew when its vocabulary changes."""
         config, scale = self.config, self.config.one_hot_scale
         if config.noise_schedule == "calibrated":
             scale *= projected_signal(config.num_categories, config.hidden_size)
-        return alpha_bar_schedule(
+        # No buffers: they must stay float32 in a half-precision model
+        self._alpha_bar = alpha_bar_schedule(
             config.noise_schedule, config.num_timesteps, config.num_categories, config.corruption, scale
-        ).to(self.null_prefix.device)
+        )
+        self._visibility = visibility(self._alpha_bar, config.num_categories, config.one_hot_scale)
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """The schedule, float32 of shape `(num_timesteps + 1,)`."""
+        return self._alpha_bar.to(self.null_prefix.device)
 
     @property
     def visibility(self) -> Tensor | None:
         """What a noisy token is worth, of shape `(num_timesteps + 1,)`. Regression on the noise needs the noise."""
-        config = self.config
-        if config.corruption == "mask" or config.prediction_type == "epsilon":
+        if self.config.corruption == "mask" or self.config.prediction_type == "epsilon":
             return None
-        return visibility(self.alpha_bar, config.num_categories, config.one_hot_scale)
+        return self._visibility.to(self.null_prefix.device)
 
     def corruption(self) -> GaussianCorruption | MaskCorruption:
         """The diffusion process over this denoiser's token embeddings, as they are now.
