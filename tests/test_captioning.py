@@ -174,7 +174,7 @@ def test_gradients_reach_every_parameter(
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad, name
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # softmax does not see that bias
+        assert parameter.grad.abs().sum() > 0, name
     assert (model.lm_head.weight is model.model.denoiser.token_embedding.weight) == tied
 
 
@@ -225,8 +225,8 @@ def test_eight_captions_are_learnt_by_heart(make_captioner: MakeCaptioner, corru
         vision_config=vision_config, corruption=corruption, loss_weighting="none", num_hidden_layers=1
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=150)
-    for _ in range(150):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=250)
+    for _ in range(250):
         optimizer.zero_grad()
         model(images, captions).loss.backward()
         optimizer.step()

@@ -112,18 +112,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return model | {f"ema.{name}": weight for name, weight in load_file(folder / "ema.safetensors").items()}
 
 
-def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """No output depends on a key's bias: it adds the same to all scores that softmax compares. Its gradient is what
-    rounding leaves of zero, and AdamW makes steps of any gradient, however small."""
-    return {name: weight for name, weight in weights.items() if not name.endswith("k_proj.bias")}
-
-
 def assert_same_weights(folder: Path, other: Path) -> None:
     torch.testing.assert_close(weights(folder), weights(other), rtol=0, atol=0)
 
 
 def assert_equal_but_for_rounding(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
-    torch.testing.assert_close(without_key_biases(weights), without_key_biases(others), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights, others, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

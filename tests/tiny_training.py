@@ -88,6 +88,7 @@ def make_model() -> TDDForImageClassification:
         num_attention_heads=2,
         intermediate_size=64,
         hidden_dropout_prob=0.1,
+        qkv_bias=False,  # a key's bias changes no output: AdamW would make steps of its gradient, which is rounding
         initializer_range=0.2,
     )
     return TDDForImageClassification(
