@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification
 
@@ -67,11 +67,20 @@ def load_model(checkpoint: str) -> TDDForCaptioning | TDDForImageClassification:
     return model
 
 
+def image_size(model: TDDForCaptioning | TDDForImageClassification) -> tuple[int, int]:
+    """Height and width of the encoder's images, or of its image processor's where the encoder takes any."""
+    size = getattr(model.config.vision_config, "image_size", None)
+    if size is None:
+        processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        return size["height"], size["width"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def sample_inputs(model: TDDForCaptioning | TDDForImageClassification, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random images, noisy embeddings and timesteps."""
     config, vision = model.config, model.config.vision_config
-    size = getattr(vision, "image_size", None) or vision.pretrained_cfg["input_size"][-1]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_size(model)
     generator = torch.Generator().manual_seed(rows)
     places = config.max_position_embeddings
     return (

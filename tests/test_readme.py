@@ -212,7 +212,7 @@ def test_what_is_checked_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_command(command, monkeypatch).seeds == [1]
     with pytest.raises(SystemExit):
         parse_command(f"{command} --no-such-flag", monkeypatch)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="There is no recipe"):
         parse_command(command.replace("digits", "no_such_recipe"), monkeypatch)
     with pytest.raises(ValueError, match="Unknown keys in `training`: epoch"):
         parse_command(f"{command} --set training.epoch=1", monkeypatch)
