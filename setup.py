@@ -15,6 +15,7 @@ TRAIN = [
     "peft>=0.17",
     "pyyaml>=6.0",
     "scikit-learn>=1.5",
+    "tensorboard>=2.16",
     "timm>=1.0.15",
     "torchvision>=0.20",
     "tqdm>=4.66",

@@ -194,8 +194,12 @@ def benchmark_step(args: argparse.Namespace) -> list[Result]:
 # and Transformers' base classes: there is next to nothing left that could be imported later.
 TRANSFORMERS_PARTS = """from transformers import (
     AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor,
-    PreTrainedConfig, PreTrainedModel
-)"""
+    GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+)
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline
+"""
 
 
 def benchmark_import(args: argparse.Namespace) -> list[Result]:
