@@ -59,19 +59,20 @@ def write_class_folders(folder: Path, num_images: int = 12) -> None:
             file.write_bytes(picture_bytes(index))
 
 
+VL_ENRICHED_FEATURES = Features(
+    {
+        "image_id": Value("string"),
+        "image": Image(),
+        "label": Value("int32"),
+        "label_bbox_enriched": List({"bbox": List(Value("float64")), "label": Value("string")}),
+        "caption_enriched": Value("string"),
+        "issues": List({"issue_type": Value("string"), "confidence": Value("float64")}),
+    }
+)
+
+
 def write_vl_enriched(folder: Path, num_shards: int = 3, rows: int = 4) -> None:
     """visual-layer/imagenet-1k-vl-enriched on the Hub, with all its columns."""
-    box = {"bbox": List(Value("float64")), "label": Value("string")}
-    features = Features(
-        {
-            "image_id": Value("string"),
-            "image": Image(),
-            "label": Value("int32"),
-            "label_bbox_enriched": List(box),
-            "caption_enriched": Value("string"),
-            "issues": List({"issue_type": Value("string"), "confidence": Value("float64")}),
-        }
-    )
     (folder / "data").mkdir(parents=True)
     for split in ("train", "validation"):
         for shard in range(num_shards):
@@ -87,7 +88,7 @@ def write_vl_enriched(folder: Path, num_shards: int = 3, rows: int = 4) -> None:
                 for i in range(shard * rows, (shard + 1) * rows)
             ]
             file = folder / f"data/{split}-{shard:05d}-of-{num_shards:05d}.parquet"
-            Dataset.from_list(lines, features=features).to_parquet(file)
+            Dataset.from_list(lines, features=VL_ENRICHED_FEATURES).to_parquet(file)
 
 
 def write_coco(folder: Path, num_images: int = 12, splits: tuple[str, ...] = ("train2017", "val2017")) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
+from samples import VL_ENRICHED_FEATURES
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageProcessor
 
 from modeling_tdd import TDDModel
@@ -100,18 +101,6 @@ def test_coco_layout(tmp_path):
 
 def test_vl_enriched_columns(tmp_path):
     """visual-layer/imagenet-1k-vl-enriched: a parquet data set among whose columns are an image and its caption."""
-    box = {"bbox": List(Value("float64")), "label": Value("string")}
-    issue = {"issue_type": Value("string"), "confidence": Value("float64")}
-    features = Features(
-        {
-            "image_id": Value("string"),
-            "image": Image(),
-            "label": Value("int32"),
-            "label_bbox_enriched": List(box),
-            "caption_enriched": Value("string"),
-            "issues": List(issue),
-        }
-    )
     row = {
         "image_id": "n01440764_10026",
         "image": picture(),
@@ -120,7 +109,7 @@ def test_vl_enriched_columns(tmp_path):
         "caption_enriched": "a man holding a Fish",
         "issues": [],
     }
-    Dataset.from_list([row, row], features=features).to_parquet(tmp_path / "data.parquet")
+    Dataset.from_list([row, row], features=VL_ENRICHED_FEATURES).to_parquet(tmp_path / "data.parquet")
     files = {"train": str(tmp_path / "data.parquet"), "validation": str(tmp_path / "data.parquet")}
     recipe = CaptionDataRecipe("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
     assert load_caption_data(recipe)["validation"][1]["captions"] == ["a man holding a fish"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
@@ -215,10 +215,7 @@ def random_generator(*key: int) -> np.random.Generator:
 def seeded(*key: int) -> Iterator[None]:
     """Within it the global generators, which augmentations draw from, depend on the key alone; then they go on."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = seed_for(*key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(seed_for(*key))
     try:
         yield
     finally:
