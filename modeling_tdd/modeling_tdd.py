@@ -62,7 +62,7 @@ class TDDModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`):
             The denoiser's output for the noisy tokens.
-        prefix_key_values (`tuple[tuple[torch.FloatTensor, torch.FloatTensor], ...]`):
+        prefix_key_values (`tuple[tuple[torch.FloatTensor, ...], ...]`, *optional*, with `use_cache=True`):
             Keys and values of the image's prefix, a pair a denoiser layer, each of shape
             `(batch_size, num_attention_heads, prefix_length, head_dim)`. Pass them back in place of `pixel_values`
             to denoise again without encoding the image again.
@@ -119,7 +119,7 @@ class TDDCaptioningOutput(ModelOutput):
             The weighted diffusion loss.
         logits (`torch.FloatTensor` of shape `(batch_size, num_tokens, vocab_size)`):
             Scores of the clean tokens; with `labels`, their mean over the K timesteps.
-        prefix_key_values (`tuple`, *optional*, without `labels`):
+        prefix_key_values (`tuple`, *optional*, with `use_cache=True`, without `labels`):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
             As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
@@ -657,6 +657,7 @@ class TDDModel(TDDPreTrainedModel):
         timesteps: torch.LongTensor | None = None,
         prefix_key_values: KeyValues | None = None,
         image_features: torch.FloatTensor | None = None,
+        use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDModelOutput:
         r"""
@@ -673,6 +674,8 @@ class TDDModel(TDDPreTrainedModel):
                 The images' keys and values from an earlier output, in place of `pixel_values`.
             image_features (`torch.FloatTensor`, *optional*):
                 In place of `pixel_values`: the `pooler_output` of [`~TDDModel.get_image_features`].
+            use_cache (`bool`, *optional*, defaults to `False`):
+                Whether to return `prefix_key_values`, to denoise the same images again.
 
         Raises:
             `ValueError`: unless one of `pixel_values`, `image_features` and `prefix_key_values` is given, or as in
@@ -696,7 +699,7 @@ class TDDModel(TDDPreTrainedModel):
         outputs = self.denoiser(inputs_embeds, timesteps, prefix_key_values, **kwargs)
         return TDDModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            prefix_key_values=prefix_key_values,
+            prefix_key_values=prefix_key_values if use_cache else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             encoder_last_hidden_state=image_features,
@@ -1059,6 +1062,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
         timesteps: torch.LongTensor | None = None,
         noise: torch.FloatTensor | None = None,
         prefix_key_values: KeyValues | None = None,
+        use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDCaptioningOutput:
         r"""
@@ -1080,13 +1084,17 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
                 With `labels`: the noise of each timestep, drawn if not given.
             prefix_key_values (`tuple`, *optional*):
                 Without `labels`: the images' keys and values from an earlier output, in place of `pixel_values`.
+            use_cache (`bool`, *optional*, defaults to `False`):
+                Without `labels`: whether to return `prefix_key_values`.
 
         Raises:
             `ValueError`: for token ids out of range, captions longer than N, or pixels as in
                 [`TDDModel.get_image_features`].
         """
         if labels is None:
-            outputs = self.model(pixel_values, inputs_embeds, timesteps, prefix_key_values, image_features, **kwargs)
+            outputs = self.model(
+                pixel_values, inputs_embeds, timesteps, prefix_key_values, image_features, use_cache, **kwargs
+            )
             return TDDCaptioningOutput(
                 logits=self.lm_head(outputs.last_hidden_state),
                 prefix_key_values=outputs.prefix_key_values,

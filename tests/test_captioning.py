@@ -293,7 +293,7 @@ def test_eager_and_sdpa_agree(
 def test_forward_without_labels_is_one_step(make_captioner: MakeCaptioner, pixel_values: Tensor) -> None:
     model = make_captioner()
     with torch.no_grad():
-        outputs = model(pixel_values, output_hidden_states=True)
+        outputs = model(pixel_values, output_hidden_states=True, use_cache=True)
         assert outputs.loss is None and outputs.logits.shape == (4, NUM_PLACES, 20)
         assert len(outputs.hidden_states) == 3 and outputs.hidden_states[0].shape == (4, NUM_PLACES, 32)
         again = model(prefix_key_values=outputs.prefix_key_values)

@@ -326,7 +326,8 @@ def test_guidance_by_hand(make_model: MakeModel, pixel_values: Tensor) -> None:
 
 def test_prefix_key_values_stand_in_for_pixel_values(make_config: MakeConfig, pixel_values: Tensor) -> None:
     model = TDDModel(make_config(pooling=None)).eval()
-    first = model(pixel_values)
+    assert model(pixel_values).prefix_key_values is None
+    first = model(pixel_values, use_cache=True)
     assert len(first.prefix_key_values) == 2
     assert first.prefix_key_values[0][0].shape == (4, 2, 17, 16)
     assert first.encoder_last_hidden_state.shape == (4, 17, 32)
@@ -489,6 +490,17 @@ def test_pipeline_classifies(make_model: MakeModel) -> None:
         expected = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
     scores = {result["label"]: result["score"] for result in results}
     assert [scores[f"LABEL_{index}"] for index in range(5)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_pipeline_extracts_features_in_batches(make_config: MakeConfig) -> None:
+    model = TDDModel(make_config()).eval()
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    images = [Image.fromarray(torch.randint(256, (20, 20, 3), dtype=torch.uint8).numpy()) for _ in range(5)]
+    extract = pipeline("image-feature-extraction", model=model, image_processor=processor, batch_size=5)
+    together = list(extract(images, return_tensors=True))
+    with torch.no_grad():
+        expected = model(**processor(images, return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(torch.cat(together), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
