@@ -16,11 +16,10 @@ from torch import Tensor
 from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STRATEGIES, check_choice, check_range
 
 
-# Where tokens have timesteps of their own: the highest of a visible token in training, and those to which the sampler
-# re-noises a token that it has settled on and one that was given, as shares of T (docs/decisions.md, 12 to 14).
+# Where tokens have timesteps of their own: the highest of a visible token in training, and that to which the sampler
+# re-noises a token that it has settled on or that was given, as shares of T (docs/decisions.md, 12 to 14).
 HIGHEST_VISIBLE_TIMESTEP = 0.8
-SETTLED_TIMESTEP = 0.1
-GIVEN_TIMESTEP = 0.02
+SETTLED_TIMESTEP = 0.02
 
 
 # ---- Schedules
@@ -448,10 +447,7 @@ class GaussianCorruption:
             return None
         num_timesteps = len(self.alpha_bar) - 1
         settled = most_confident(scores, 1 - next_timestep / num_timesteps, fixed_mask, beyond_end)
-        timesteps = torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
-        if fixed_mask is None:
-            return timesteps
-        return timesteps.masked_fill(fixed_mask, max(1, round(GIVEN_TIMESTEP * num_timesteps)))
+        return torch.where(settled, max(1, round(SETTLED_TIMESTEP * num_timesteps)), num_timesteps)
 
     def step(
         self,
