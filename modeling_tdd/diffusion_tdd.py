@@ -20,6 +20,8 @@ from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STR
 # re-noises a token that it has settled on or that was given, as shares of T (docs/decisions.md, 12 to 14).
 HIGHEST_VISIBLE_TIMESTEP = 0.8
 SETTLED_TIMESTEP = 0.02
+# Share of the tokens that training shows wrong (docs/decisions.md, 23)
+MISTAKEN_SHARE = 0.1
 
 
 # ---- Schedules
@@ -193,6 +195,24 @@ def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> T
     highest_visible = max(1, round(HIGHEST_VISIBLE_TIMESTEP * num_timesteps))
     visible = torch.randint(1, highest_visible + 1, shape, device=timesteps.device)
     return torch.where(is_hidden, num_timesteps, visible)
+
+
+def with_mistakes(targets: Tensor) -> Tensor:
+    r"""
+    Sequences of which a tenth of the tokens is that of another sequence of the batch, at the same place.
+
+    In the denoising loop a visible token is the network's own, and may be wrong. A network that has only seen right
+    ones copies whatever it can read, and revises nothing.
+
+    Args:
+        targets (`torch.LongTensor` of shape `(rows, N)`): Clean tokens.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, N)`: what to corrupt in their place; `targets` remain what to predict.
+    """
+    others = targets[torch.randperm(len(targets), device=targets.device)]
+    is_mistaken = torch.rand(targets.shape, device=targets.device) < MISTAKEN_SHARE
+    return torch.where(is_mistaken, others, targets)
 
 
 def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -725,4 +745,5 @@ __all__ = [
     "to_one",
     "training_timesteps",
     "visibility",
+    "with_mistakes",
 ]

@@ -37,6 +37,7 @@ from .diffusion_tdd import (
     token_timesteps,
     training_timesteps,
     visibility,
+    with_mistakes,
 )
 from .generation_tdd import TDDGenerationMixin
 
@@ -789,16 +790,19 @@ def diffusion_loss(
     key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
     prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
     # 2. K noisy versions of an image's tokens
-    if timesteps is None:
+    per_token = config.timestep_sampling == "per_token" and config.corruption == "gaussian" and num_tokens > 1
+    draws_timesteps = timesteps is None
+    if draws_timesteps:
         timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device).flatten()
-        if config.timestep_sampling == "per_token" and config.corruption == "gaussian" and num_tokens > 1:
-            timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps)
+        timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps) if per_token else timesteps
     else:
         timesteps = timesteps.flatten(0, 1)
     corruption = denoiser.corruption()
     noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
     repeated_targets = targets.repeat_interleave(repeats, dim=0)
-    inputs_embeds, weight = corruption.corrupt(repeated_targets, timesteps, noise)
+    makes_mistakes = draws_timesteps and per_token and denoiser.training
+    shown = with_mistakes(repeated_targets) if makes_mistakes else repeated_targets
+    inputs_embeds, weight = corruption.corrupt(shown, timesteps, noise)
     # 3. Denoise and compare
     outputs = denoiser(inputs_embeds, timesteps, key_values, prefix_mask, **kwargs)
     logits = head(outputs.last_hidden_state).float()
