@@ -202,7 +202,7 @@ def with_mistakes(targets: Tensor) -> Tensor:
     Sequences of which a tenth of the tokens is that of another sequence of the batch, at the same place.
 
     In the denoising loop a visible token is the network's own, and may be wrong. A network that has only seen right
-    ones copies whatever it can read, and revises nothing.
+    ones has no reason to doubt it.
 
     Args:
         targets (`torch.LongTensor` of shape `(rows, N)`): Clean tokens.
