@@ -129,6 +129,37 @@ def test_nothing_masked_has_the_loss_0(make_captioner: MakeCaptioner, pixel_valu
     assert loss.item() == 0 and all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize(
+    ("fields", "training", "shows_mistakes"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"timestep_sampling": "shared"}, True, False),
+        ({"corruption": "mask"}, True, False),
+    ],
+    ids=str,
+)
+def test_training_with_gaussian_noise_shows_some_tokens_wrong(
+    make_captioner: MakeCaptioner,
+    pixel_values: Tensor,
+    captions: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    training: bool,
+    shows_mistakes: bool,
+) -> None:
+    model = make_captioner(**fields).train(training)
+    corruption_class = type(model.model.denoiser.corruption())
+    corrupt, shown = corruption_class.corrupt, []
+    monkeypatch.setattr(corruption_class, "corrupt", lambda *args: shown.append(args[1]) or corrupt(*args))
+    for _ in range(10):
+        model(pixel_values, captions)
+    right = captions.repeat_interleave(3, dim=0).repeat(10, 1)
+    wrong = torch.cat(shown) != right
+    assert wrong.any() == shows_mistakes
+    assert not wrong.all(1).any()
+
+
 def test_the_loss_in_eval_mode_drops_no_condition(
     make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor
 ) -> None:
