@@ -92,7 +92,7 @@ class TDDConfig(PreTrainedConfig):
             K of the K-fold feature reuse of Section 3.3: noisy labels drawn for each encoded image (ours).
         timestep_sampling (`str`, *optional*, defaults to `"per_token"`):
             Timesteps of a sequence's tokens in training, with Gaussian noise: `"shared"` by all, as in the paper, or
-            `"per_token"`, see [`~diffusion_tdd.token_timesteps`], which also shows some of them wrong, see
+            `"per_token"`, see [`~diffusion_tdd.token_timesteps`]; training then shows some tokens wrong, see
             [`~diffusion_tdd.with_mistakes`]. For one token there is no difference.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the training loss; the paper's recipe uses 0.1.

@@ -791,17 +791,16 @@ def diffusion_loss(
     prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
     # 2. K noisy versions of an image's tokens
     per_token = config.timestep_sampling == "per_token" and config.corruption == "gaussian" and num_tokens > 1
-    draws_timesteps = timesteps is None
-    if draws_timesteps:
-        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device).flatten()
-        timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps) if per_token else timesteps
-    else:
-        timesteps = timesteps.flatten(0, 1)
+    draws_per_token = timesteps is None and per_token
+    if timesteps is None:
+        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
+    timesteps = timesteps.flatten(0, 1)
+    if draws_per_token:
+        timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps)
     corruption = denoiser.corruption()
     noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
     repeated_targets = targets.repeat_interleave(repeats, dim=0)
-    makes_mistakes = draws_timesteps and per_token and denoiser.training
-    shown = with_mistakes(repeated_targets) if makes_mistakes else repeated_targets
+    shown = with_mistakes(repeated_targets) if draws_per_token and denoiser.training else repeated_targets
     inputs_embeds, weight = corruption.corrupt(shown, timesteps, noise)
     # 3. Denoise and compare
     outputs = denoiser(inputs_embeds, timesteps, key_values, prefix_mask, **kwargs)
