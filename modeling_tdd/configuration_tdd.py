@@ -92,8 +92,10 @@ class TDDConfig(PreTrainedConfig):
             K of the K-fold feature reuse of Section 3.3: noisy labels drawn for each encoded image (ours).
         timestep_sampling (`str`, *optional*, defaults to `"per_token"`):
             Timesteps of a sequence's tokens in training, with Gaussian noise: `"shared"` by all, as in the paper, or
-            `"per_token"`, see [`~diffusion_tdd.token_timesteps`]; training then shows some tokens wrong, see
-            [`~diffusion_tdd.with_mistakes`]. For one token there is no difference.
+            `"per_token"`, see [`~diffusion_tdd.token_timesteps`]. For one token there is no difference.
+        mistaken_share (`float`, *optional*):
+            Share of a sequence's tokens that training shows wrong, see [`~diffusion_tdd.with_mistakes`]. `None` stands
+            for 0.1 with Gaussian noise and timesteps `"per_token"`, and for 0 otherwise, as in the literature (ours).
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Label smoothing of the training loss; the paper's recipe uses 0.1.
         freeze_encoder (`bool`, *optional*, defaults to `False`):
@@ -162,6 +164,7 @@ class TDDConfig(PreTrainedConfig):
     condition_dropout: float | int = 0.1
     timesteps_per_image: int = 4
     timestep_sampling: str = "per_token"
+    mistaken_share: float | int | None = None
     label_smoothing: float | int = 0.0
     freeze_encoder: bool = False
 
@@ -221,6 +224,8 @@ class TDDConfig(PreTrainedConfig):
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        if self.mistaken_share is not None:
+            check_range("mistaken_share", self.mistaken_share, 0, 1, include_high=False)
         if not 0 < self.one_hot_scale <= 1:
             raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
         check_range("condition_dropout", self.condition_dropout, 0, 1)

@@ -20,7 +20,7 @@ from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STR
 # re-noises a token that it has settled on or that was given, as shares of T (docs/decisions.md, 12 to 14).
 HIGHEST_VISIBLE_TIMESTEP = 0.8
 SETTLED_TIMESTEP = 0.02
-# Share of the tokens that training shows wrong (docs/decisions.md, 23)
+# Share of the tokens that training shows wrong where the configuration leaves it open (docs/decisions.md, 23)
 MISTAKEN_SHARE = 0.1
 
 
@@ -197,21 +197,22 @@ def token_timesteps(timesteps: Tensor, num_tokens: int, num_timesteps: int) -> T
     return torch.where(is_hidden, num_timesteps, visible)
 
 
-def with_mistakes(targets: Tensor) -> Tensor:
+def with_mistakes(targets: Tensor, share: float) -> Tensor:
     r"""
-    Sequences of which a tenth of the tokens is that of another sequence of the batch, at the same place.
+    Sequences of which a share of the tokens is that of another sequence of the batch, at the same place.
 
     In the denoising loop a visible token is the network's own, and may be wrong. A network that has only seen right
     ones has no reason to doubt it.
 
     Args:
         targets (`torch.LongTensor` of shape `(rows, N)`): Clean tokens.
+        share (`float`): The chance of a token to be exchanged, in [0, 1).
 
     Returns:
         `torch.LongTensor` of shape `(rows, N)`: what to corrupt in their place; `targets` remain what to predict.
     """
     others = targets[torch.randperm(len(targets), device=targets.device)]
-    is_mistaken = torch.rand(targets.shape, device=targets.device) < MISTAKEN_SHARE
+    is_mistaken = torch.rand(targets.shape, device=targets.device) < share
     return torch.where(is_mistaken, others, targets)
 
 

@@ -136,10 +136,12 @@ def test_nothing_masked_has_the_loss_0(make_captioner: MakeCaptioner, pixel_valu
         ({}, False, False),
         ({"timestep_sampling": "shared"}, True, False),
         ({"corruption": "mask"}, True, False),
+        ({"mistaken_share": 0}, True, False),
+        ({"corruption": "mask", "mistaken_share": 0.1}, True, True),
     ],
     ids=str,
 )
-def test_training_with_gaussian_noise_shows_some_tokens_wrong(
+def test_training_shows_some_tokens_wrong(
     make_captioner: MakeCaptioner,
     pixel_values: Tensor,
     captions: Tensor,

@@ -574,12 +574,12 @@ def test_tokens_are_hidden_by_chance_and_visible_ones_have_less_noise() -> None:
     assert visible.float().mean().sub(400.5).abs() < 8
 
 
-def test_a_tenth_of_the_tokens_is_that_of_another_sequence_at_the_same_place() -> None:
+def test_a_share_of_the_tokens_is_that_of_another_sequence_at_the_same_place() -> None:
     torch.manual_seed(0)
     rows = 4000
     places = torch.arange(5) * rows
     targets = torch.arange(rows)[:, None] + places  # every token is of one row and place
-    shown = with_mistakes(targets)
+    shown = with_mistakes(targets, 0.1)
     is_mistaken = shown != targets
     # Standard error: 0.002 of 20,000 tokens
     assert abs(is_mistaken.float().mean() - 0.1) < 0.01
