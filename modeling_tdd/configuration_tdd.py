@@ -192,6 +192,18 @@ class TDDConfig(PreTrainedConfig):
         """`int`: K, the number of categories of a token."""
         return self.vocab_size if self.vocab_size is not None else self.num_labels
 
+    @property
+    def has_token_timesteps(self) -> bool:
+        """`bool`: whether training gives each token of a sequence a timestep of its own."""
+        return self.corruption == "gaussian" and self.timestep_sampling == "per_token"
+
+    @property
+    def training_mistakes(self) -> float:
+        """`float`: `mistaken_share`, or what its `None` stands for (docs/decisions.md, 23)."""
+        if self.mistaken_share is not None:
+            return self.mistaken_share
+        return 0.1 if self.has_token_timesteps else 0.0
+
     def validate_architecture(self):
         """Part of `@strict`: checks the denoiser's size whenever a configuration is made or saved."""
         if self.vocab_size is not None:

@@ -20,8 +20,6 @@ from .configuration_tdd import GUIDANCE_SCHEDULES, NOISE_SCHEDULES, SAMPLING_STR
 # re-noises a token that it has settled on or that was given, as shares of T (docs/decisions.md, 12 to 14).
 HIGHEST_VISIBLE_TIMESTEP = 0.8
 SETTLED_TIMESTEP = 0.02
-# Share of the tokens that training shows wrong where the configuration leaves it open (docs/decisions.md, 23)
-MISTAKEN_SHARE = 0.1
 
 
 # ---- Schedules

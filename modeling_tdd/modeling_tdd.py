@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tdd import GUIDANCE_SCHEDULES, SAMPLING_STRATEGIES, TDDConfig, check_choice, check_range
 from .diffusion_tdd import (
-    MISTAKEN_SHARE,
     GaussianCorruption,
     MaskCorruption,
     alpha_bar_schedule,
@@ -791,19 +790,18 @@ def diffusion_loss(
     key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
     prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
     # 2. K noisy versions of an image's tokens
-    is_drawn = timesteps is None
-    per_token = config.timestep_sampling == "per_token" and config.corruption == "gaussian" and num_tokens > 1
-    if is_drawn:
+    draws_sequences = timesteps is None and num_tokens > 1
+    if timesteps is None:
         timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
     timesteps = timesteps.flatten(0, 1)
-    if is_drawn and per_token:
+    if draws_sequences and config.has_token_timesteps:
         timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps)
     corruption = denoiser.corruption()
     noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
     repeated_targets = targets.repeat_interleave(repeats, dim=0)
-    share = MISTAKEN_SHARE * per_token if config.mistaken_share is None else config.mistaken_share
-    errs = share > 0 and num_tokens > 1 and is_drawn and denoiser.training
-    shown = with_mistakes(repeated_targets, share) if errs else repeated_targets
+    shown = repeated_targets
+    if draws_sequences and denoiser.training and config.training_mistakes > 0:
+        shown = with_mistakes(repeated_targets, config.training_mistakes)
     inputs_embeds, weight = corruption.corrupt(shown, timesteps, noise)
     # 3. Denoise and compare
     outputs = denoiser(inputs_embeds, timesteps, key_values, prefix_mask, **kwargs)
