@@ -12,6 +12,7 @@ NOISE_SCHEDULES = ("linear", "cosine", "calibrated", "projected")
 CORRUPTIONS = ("gaussian", "mask")
 PREDICTION_TYPES = ("sample", "epsilon")
 LOSS_WEIGHTINGS = ("alpha_bar", "none")
+INPUT_WEIGHTINGS = ("none", "visibility")
 TIMESTEP_SAMPLINGS = ("shared", "per_token")
 POOLINGS = ("cls", "mean", None)
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -83,6 +84,9 @@ class TDDConfig(PreTrainedConfig):
         loss_weighting (`str`, *optional*, defaults to `"alpha_bar"`):
             `"alpha_bar"` weights the loss by the timestep-conditioned coefficient of Section 3.2, `"none"` does not.
             With many categories `alpha_bar` of the `"projected"` schedule is near 1 but for the last timesteps.
+        input_weighting (`str`, *optional*, defaults to `"visibility"`):
+            `"none"`, as in the paper: the denoiser reads y_t W as it is. `"visibility"` scales each noisy token by its
+            share of the variance of y_t W, see [`~diffusion_tdd.visibility`] (ours; docs/decisions.md, 11).
         one_hot_scale (`float`, *optional*, defaults to 1.0):
             Lambda of the paper's lambda-hot labels (Section 3.2), in (0, 1].
         condition_dropout (`float`, *optional*, defaults to 0.1):
@@ -160,6 +164,7 @@ class TDDConfig(PreTrainedConfig):
     corruption: str = "gaussian"
     prediction_type: str = "sample"
     loss_weighting: str = "alpha_bar"
+    input_weighting: str = "visibility"
     one_hot_scale: float | int = 1.0
     condition_dropout: float | int = 0.1
     timesteps_per_image: int = 4
@@ -235,6 +240,7 @@ class TDDConfig(PreTrainedConfig):
         check_choice("corruption", self.corruption, CORRUPTIONS)
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        check_choice("input_weighting", self.input_weighting, INPUT_WEIGHTINGS)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         if self.mistaken_share is not None:
             check_range("mistaken_share", self.mistaken_share, 0, 1, include_high=False)

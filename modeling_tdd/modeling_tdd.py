@@ -416,7 +416,7 @@ class TDDDenoiser(TDDPreTrainedModel):
     @property
     def visibility(self) -> Tensor | None:
         """What a noisy token is worth, of shape `(num_timesteps + 1,)`. Regression on the noise needs the noise."""
-        if self.config.corruption == "mask" or self.config.prediction_type == "epsilon":
+        if self.config.corruption == "mask" or self.config.input_weighting == "none":
             return None
         return self._visibility.to(self.null_prefix.device)
 
@@ -820,8 +820,8 @@ def diffusion_loss(
     else:
         token_weight = token_weight.repeat_interleave(repeats, dim=0)
         weight = weight * token_weight
-        # At least 1: a batch with nothing to learn has the loss 0, and not NaN.
-        loss = (weight * losses).sum() / token_weight.sum().clamp(min=1)
+        # The paper's sum over the N places, divided by the constant N: the same however a batch is cut.
+        loss = (weight * losses).mean()
     return DiffusionLoss(
         loss,
         logits.unflatten(0, (batch_size, repeats)),
