@@ -24,22 +24,19 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tdd import GUIDANCE_SCHEDULES, SAMPLING_STRATEGIES, TDDConfig, check_choice, check_range
-from .diffusion_tdd import (
-    GaussianCorruption,
-    MaskCorruption,
-    alpha_bar_schedule,
-    apply_guidance,
-    denoise,
-    guidance_scale_at,
-    noise_factor,
-    projected_signal,
-    token_timesteps,
-    training_timesteps,
-    visibility,
-    with_mistakes,
-)
+from .configuration_tdd import TDDConfig, check_inference_settings
+from .diffusion_tdd import NoiseSchedule, add_noise, noise_factor, one_hot
 from .generation_tdd import TDDGenerationMixin
+from .loss_tdd import diffusion_loss
+from .sampling_tdd import (
+    KnownTokens,
+    NoisyTokens,
+    RandomNumbers,
+    RenoiseSampler,
+    denoise,
+    guidance_scales,
+    select_rows,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -63,10 +60,9 @@ class TDDModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`):
             The denoiser's output for the noisy tokens.
-        prefix_key_values (`tuple[tuple[torch.FloatTensor, ...], ...]`, *optional*, with `use_cache=True`):
-            Keys and values of the image's prefix, a pair a denoiser layer, each of shape
-            `(batch_size, num_attention_heads, prefix_length, head_dim)`. Pass them back in place of `pixel_values`
-            to denoise again without encoding the image again.
+        cache ([`DenoiserCache`], *optional*, with `use_cache=True`):
+            The keys and values of the images' prefix, and the factor of the noise. Pass it back in place of
+            `pixel_values` to denoise again without encoding the images again.
         hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_hidden_states=True`):
             The noisy tokens before the denoiser's first layer and after each layer.
         attentions (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_attentions=True`):
@@ -78,7 +74,7 @@ class TDDModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.FloatTensor | None = None
-    prefix_key_values: KeyValues | None = None
+    cache: tuple | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
@@ -93,7 +89,7 @@ class TDDImageClassifierOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
             In training mode the weighted diffusion loss; in eval mode the cross-entropy of `logits`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            In eval mode the scores of the last denoising step. In training mode their mean over the K timesteps.
+            In eval mode the logits of the last denoising step. In training mode their mean over the timesteps.
         trajectory (`torch.FloatTensor` of shape `(batch_size, num_inference_steps, num_labels)`, *optional*):
             With `output_trajectory=True`, the predicted probabilities at each denoising step (Fig. 6), float32.
         hidden_states, attentions:
@@ -120,7 +116,7 @@ class TDDCaptioningOutput(ModelOutput):
             The weighted diffusion loss.
         logits (`torch.FloatTensor` of shape `(batch_size, num_tokens, vocab_size)`):
             Scores of the clean tokens; with `labels`, their mean over the K timesteps.
-        prefix_key_values (`tuple`, *optional*, with `use_cache=True`, without `labels`):
+        cache ([`DenoiserCache`], *optional*, with `use_cache=True`, without `labels`):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
             As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
@@ -133,7 +129,7 @@ class TDDCaptioningOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    prefix_key_values: KeyValues | None = None
+    cache: tuple | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
@@ -187,7 +183,8 @@ class TDDAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        key_value: tuple[Tensor, Tensor],
+        key: Tensor,
+        value: Tensor,
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
@@ -195,7 +192,8 @@ class TDDAttention(nn.Module):
         output, weights = attention(
             self,
             self._split_heads(self.q_proj(hidden_states)),
-            *key_value,
+            key,
+            value,
             attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
@@ -230,39 +228,56 @@ class TDDConnector(nn.Module):
 
 
 class TDDLayer(GradientCheckpointingLayer):
-    """A pre-norm Transformer layer; it returns its keys and values, for a prefix to be read by the noisy tokens.
+    """A pre-norm Transformer layer for the noisy tokens and, where it is not cached yet, the prefix that they read.
 
     Tensors go in and out one by one: reentrant gradient checkpointing finds none within a tuple, and would silently
     cut the gradient of prefix and encoder.
     """
 
-    def __init__(self, config: TDDConfig):
+    def __init__(self, config: TDDConfig, is_last: bool):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = TDDAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TDDMLP(config.hidden_size, config.intermediate_size, config.hidden_size, config.hidden_act)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.is_last = is_last
 
     def forward(
         self,
         hidden_states: Tensor,
+        prefix: Tensor | None = None,
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        key_value_only: bool = False,
+        prefix_attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """From noisy tokens and a prefix, or its keys and values, to both after this layer, and the keys and values.
+        `hidden_states` has one or several successive rows for each row of `prefix`."""
+        if prefix_key is None:
+            prefix, key, value = self._encode_prefix(prefix, prefix_attention_mask)
+            repeats = len(hidden_states) // len(key)
+            prefix_key, prefix_value = (states.repeat_interleave(repeats, dim=0) for states in (key, value))
         normed = self.layernorm_before(hidden_states)
         key, value = self.attention.key_value(normed)
-        if key_value_only:  # the last layer's view of the prefix: nothing reads more of it
-            return hidden_states, key, value
-        if prefix_key is not None:
-            key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
-        attended, _ = self.attention(normed, (key, value), attention_mask, **kwargs)
+        key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+        attended, _ = self.attention(normed, key, value, attention_mask, **kwargs)
+        return self._add(hidden_states, attended), prefix, prefix_key, prefix_value
+
+    def _encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The prefix, which attends to itself alone, after this layer, and its keys and values in it."""
+        normed = self.layernorm_before(prefix)
+        key, value = self.attention.key_value(normed)
+        if not self.is_last:  # nothing reads the prefix after the last layer
+            # `forward`, and not a call: recorded attention weights are those of the noisy tokens
+            attended, _ = self.attention.forward(normed, key, value, attention_mask)
+            prefix = self._add(prefix, attended)
+        return prefix, key, value
+
+    def _add(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, key, value
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
 
 class TDDTimestepEmbedding(nn.Module):
@@ -303,7 +318,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _input_embed_layer = "token_embedding"
-    # Our losses are means over a batch: Trainer must average them over accumulation steps itself.
+    # Our losses are means over images: Trainer must average them over accumulation steps itself.
     accepts_loss_kwargs = False
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -320,7 +335,7 @@ class TDDPreTrainedModel(PreTrainedModel):
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, TDDDenoiser):
-                module.set_schedule()
+                module._schedule = NoiseSchedule.from_config(self.config)
         return embeddings
 
     @torch.no_grad()
@@ -377,8 +392,41 @@ class TDDPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
+class DenoiserCache(NamedTuple):
+    r"""
+    What the steps of a loop share: the denoiser computes it in the first step and reads it in all others.
+
+    Args:
+        key_values (`tuple`, *optional*): Keys and values of the prefix, a pair for each layer, each of shape
+            `(rows, num_attention_heads, prefix_length, head_dim)`. `None`: still to be computed.
+        noise_factor (`torch.Tensor` of shape `(min(K, d), d)`, *optional*): See [`~diffusion_tdd.noise_factor`].
+    """
+
+    key_values: KeyValues | None
+    noise_factor: Tensor | None
+
+    def select(self, keep: Tensor) -> "DenoiserCache":
+        """The rows of a boolean mask."""
+        return DenoiserCache(select_rows(self.key_values, keep), self.noise_factor)
+
+
+@dataclass
+class TDDDenoiserOutput(BaseModelOutput):
+    r"""
+    Output of [`TDDDenoiser`]: as `BaseModelOutput`, and with `use_cache=True` its `cache`, a [`DenoiserCache`].
+    """
+
+    cache: DenoiserCache | None = None
+
+
 class TDDDenoiser(TDDPreTrainedModel):
-    """Predicts clean tokens from noisy ones, timestep and prefix: f(y_t, t, c) of Section 3.2, less its head."""
+    r"""
+    Predicts clean tokens from noisy ones, timesteps and an image's prefix: f(y_t, t, c) of Section 3.2, without its
+    head.
+
+    Only `forward` reads the weights, the token embedding and the null prefix included. So the denoiser can be sharded
+    (FSDP2), offloaded and compiled as one module, and nothing that is derived from the weights outlives a loop.
+    """
 
     _can_record_outputs = {"hidden_states": TDDLayer, "attentions": TDDAttention}
 
@@ -391,137 +439,120 @@ class TDDDenoiser(TDDPreTrainedModel):
         self.time_embedding = TDDTimestepEmbedding(config)
         self.null_prefix = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if config.corruption == "mask" else None
-        self.layers = nn.ModuleList([TDDLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [TDDLayer(config, index == config.num_hidden_layers - 1) for index in range(config.num_hidden_layers)]
+        )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self._cached_factor: tuple[tuple, Tensor] | None = None
-        self.set_schedule()
+        # No buffers: the schedule must stay float32 in a half-precision model
+        self._schedule = NoiseSchedule.from_config(config)
         self.post_init()
 
-    def set_schedule(self) -> None:
-        """Computes what the diffusion process needs of the configuration, anew when its vocabulary changes."""
-        config, scale = self.config, self.config.one_hot_scale
-        if config.noise_schedule == "calibrated":
-            scale *= projected_signal(config.num_categories, config.hidden_size)
-        # No buffers: they must stay float32 in a half-precision model
-        self._alpha_bar = alpha_bar_schedule(
-            config.noise_schedule, config.num_timesteps, config.num_categories, config.corruption, scale
-        )
-        self._visibility = visibility(self._alpha_bar, config.num_categories, config.one_hot_scale)
-
-    @property
-    def alpha_bar(self) -> Tensor:
-        """The schedule, float32 of shape `(num_timesteps + 1,)`."""
-        return self._alpha_bar.to(self.null_prefix.device)
-
-    @property
-    def visibility(self) -> Tensor | None:
-        """What a noisy token is worth, of shape `(num_timesteps + 1,)`. Regression on the noise needs the noise."""
-        if self.config.corruption == "mask" or self.config.input_weighting == "none":
-            return None
-        return self._visibility.to(self.null_prefix.device)
-
-    def corruption(self) -> GaussianCorruption | MaskCorruption:
-        """The diffusion process over this denoiser's token embeddings, as they are now.
-
-        Raises:
-            `ValueError`: if they are offloaded: Accelerate brings weights back for a module's `forward` alone.
-        """
-        config, weight = self.config, self.token_embedding.weight
-        if self.null_prefix.is_meta and hasattr(self, "_hf_hook"):
-            raise ValueError("`model.denoiser` cannot be offloaded: keep it on one device in `device_map`.")
-        alpha_bar = self.alpha_bar
-        if config.corruption == "mask":
-            return MaskCorruption(weight, self.mask_embedding, alpha_bar, config.loss_weighting)
-        dense = config.prediction_type == "epsilon"
-        factor = None if dense or self.training or torch.is_grad_enabled() else self._noise_factor(weight)
-        return GaussianCorruption(weight, alpha_bar, config.one_hot_scale, config.loss_weighting, dense, factor)
-
-    def _noise_factor(self, weight: Tensor) -> Tensor:
-        """`noise_factor(weight)`, computed once for weights that no longer change: it costs O(K d^2)."""
-        if weight.is_inference() or torch.compiler.is_compiling():
-            return noise_factor(weight)
-        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
-        if self._cached_factor is None or self._cached_factor[0] != key:
-            self._cached_factor = (key, noise_factor(weight))
-        return self._cached_factor[1]
-
-    def train(self, mode: bool = True) -> "TDDDenoiser":
-        self._cached_factor = None
-        return super().train(mode)
-
-    def drop_condition(self, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
-        r"""
-        Replaces the prefix of some images by the null prefix, for classifier-free guidance (appendix A.3).
-
-        Returns:
-            The prefix, of the same shape, and its mask of shape `(batch_size, prefix_length)`: a dropped row shows its
-            first token alone, since the null prefix is one token. For a prefix of one token the mask is `None`.
-        """
-        batch_size, prefix_length, _ = prefix.shape
-        dropped = torch.rand(batch_size, 1, 1, device=prefix.device) < self.config.condition_dropout
-        prefix = torch.where(dropped, self.null_prefix.to(prefix.dtype), prefix)
-        if prefix_length == 1:
-            return prefix, None
-        is_first = torch.arange(prefix_length, device=prefix.device) == 0
-        return prefix, (~dropped[..., 0] | is_first).long()
-
-    def encode_prefix(
-        self, prefix: Tensor, prefix_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> KeyValues:
-        r"""
-        Keys and values of a prefix, which attends to itself alone.
-
-        Args:
-            prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`):
-                The connected image tokens, or `null_prefix`.
-            prefix_mask (`torch.Tensor` of shape `(batch_size, prefix_length)`, *optional*):
-                1 for tokens to attend to, 0 for those to leave out.
-        """
-        attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
-        key_values = []
-        for index, layer in enumerate(self.layers):
-            is_last = index == len(self.layers) - 1
-            prefix, key, value = layer(prefix, None, None, attention_mask, key_value_only=is_last, **kwargs)
-            key_values.append((key, value))
-        return tuple(key_values)
+    def schedule_on(self, device: torch.device) -> NoiseSchedule:
+        """The noise schedule on a device. It stays where it was asked for last: one copy serves all steps."""
+        schedule = self._schedule.to(device)
+        if schedule is not self._schedule and not torch.compiler.is_compiling():
+            self._schedule = schedule
+        return schedule
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        inputs_embeds: Tensor,
+        tokens: Tensor,
         timesteps: Tensor,
-        prefix_key_values: KeyValues,
-        prefix_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        prefix: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        cache: DenoiserCache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> TDDDenoiserOutput:
         r"""
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(rows, num_tokens, hidden_size)`):
-                y_t W, the projected noisy tokens.
-            timesteps (`torch.LongTensor` of shape `(rows,)` or `(rows, num_tokens)`):
-                Timesteps, 1 ... T.
-            prefix_key_values (`tuple`):
-                The prefix's keys and values, a pair a layer, of `rows` rows.
-            prefix_mask (`torch.Tensor` of shape `(rows, prefix_length)`, *optional*):
-                1 for prefix tokens to attend to, 0 for those to leave out.
+            tokens (`torch.Tensor`):
+                Tokens to add noise to, int64 of shape `(rows, num_tokens)` with K for a mask, or probabilities of
+                shape `(rows, num_tokens, K)`. Several successive rows may belong to one image.
+            timesteps (`torch.LongTensor` of shape `(rows, num_tokens)`):
+                The timestep of each token, 1 ... T.
+            noise (`torch.Tensor` of shape `(rows, num_tokens, min(K, d))` or `(rows, num_tokens, K)`, *optional*):
+                Standard normal noise. Both widths give the same distribution, see [`~diffusion_tdd.noise_factor`]; K
+                numbers are those of the one-hot vector. Not for masks.
+            prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
+                The images' connected features, each for `rows / batch_size` rows. `None`, without `cache`, stands for
+                the null condition.
+            drop_condition (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+                Images whose prefix gives way to the null condition (appendix A.3).
+            cache ([`DenoiserCache`], *optional*):
+                In place of `prefix`: that of an earlier step with the same images.
+            use_cache (`bool`, *optional*):
+                Whether to return the cache.
         """
-        num_tokens = inputs_embeds.shape[1]
-        timesteps = timesteps if timesteps.ndim == 2 else timesteps[:, None]
-        hidden_states = self.input_norm(inputs_embeds)
-        if (worth := self.visibility) is not None:
-            # Noise as large as a token would drown position and condition: an input counts by what it says.
-            hidden_states = hidden_states * worth[timesteps][..., None].to(hidden_states.dtype)
-        hidden_states = hidden_states + self.position_embeddings[:num_tokens]
-        hidden_states = hidden_states + self.time_embedding(timesteps, self.position_embeddings.dtype)
-        attention_mask = None
+        # 1. The prefix: from the cache, or the images', of which some may be dropped, or that of no image
+        prefix_mask = prefix_attention_mask = attention_mask = None
+        if cache is None:
+            cache = DenoiserCache(None, self._noise_factor(noise))
+        cached_key_values = cache.key_values
+        if cached_key_values is None:
+            prefix, prefix_mask = self._drop_condition(prefix, drop_condition)
+            prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
+            cached_key_values = ((None, None),) * len(self.layers)
+        # 2. The noisy tokens, with their places and times
+        hidden_states = self._embed(tokens, timesteps, noise, cache.noise_factor)
+        hidden_states = hidden_states + self.position_embeddings[: tokens.shape[1]]
+        hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
+        # 3. They attend to the prefix and to each other; the prefix attends to itself
         if prefix_mask is not None:
+            prefix_mask = prefix_mask.repeat_interleave(len(tokens) // len(prefix), dim=0)
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
-        for layer, (prefix_key, prefix_value) in zip(self.layers, prefix_key_values):
-            hidden_states, _, _ = layer(hidden_states, prefix_key, prefix_value, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        key_values = []
+        for layer, (key, value) in zip(self.layers, cached_key_values):
+            hidden_states, prefix, key, value = layer(
+                hidden_states, prefix, key, value, attention_mask, prefix_attention_mask, **kwargs
+            )
+            key_values.append((key, value))
+        return TDDDenoiserOutput(
+            last_hidden_state=self.norm(hidden_states),
+            cache=DenoiserCache(tuple(key_values), cache.noise_factor) if use_cache else None,
+        )
+
+    def _drop_condition(self, prefix: Tensor | None, drop_condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The prefix, of some images the null condition, and a mask of shape (batch_size, prefix_length) of what may
+        be seen: the null condition is one token, so of a dropped prefix the first token alone. For a prefix of one
+        token, and without `drop_condition`, the mask is `None`."""
+        if prefix is None:
+            return self.null_prefix, None
+        if drop_condition is None:
+            return prefix, None
+        prefix = torch.where(drop_condition[:, None, None], self.null_prefix.to(prefix.dtype), prefix)
+        if prefix.shape[1] == 1:
+            return prefix, None
+        is_first = torch.arange(prefix.shape[1], device=prefix.device) == 0
+        return prefix, (~drop_condition[:, None] | is_first).long()
+
+    def _noise_factor(self, noise: Tensor | None) -> Tensor | None:
+        """What projects the noise: W for K-wide noise, and else the d-wide factor."""
+        weight = self.token_embedding.weight
+        if noise is None:
+            return None
+        return weight if noise.shape[-1] == weight.shape[0] else noise_factor(weight)
+
+    def _embed(self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None) -> Tensor:
+        """`y_t W`, normalised and scaled as configured, of shape (rows, N, d)."""
+        config, weight = self.config, self.token_embedding.weight
+        if config.corruption == "mask":
+            is_mask = (tokens == config.num_categories)[..., None]
+            embeds = nn.functional.embedding(tokens.clamp(max=config.num_categories - 1), weight)
+            return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
+        clean = tokens.to(weight.dtype) @ weight if tokens.is_floating_point() else self.token_embedding(tokens)
+        schedule = self.schedule_on(tokens.device)
+        noisy = add_noise(clean, noise.to(factor.dtype) @ factor, schedule, timesteps)
+        embeds = self.input_norm(noisy.to(weight.dtype))
+        if config.input_weighting == "visibility":
+            # Without it pure noise is as large as a token, and drowns position and condition (decision 11)
+            embeds = embeds * schedule.visibility[timesteps][..., None].to(embeds.dtype)
+        return embeds
 
 
 # ---- Models
@@ -654,10 +685,11 @@ class TDDModel(TDDPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        tokens: torch.LongTensor | None = None,
         timesteps: torch.LongTensor | None = None,
-        prefix_key_values: KeyValues | None = None,
+        noise: torch.FloatTensor | None = None,
         image_features: torch.FloatTensor | None = None,
+        cache: DenoiserCache | None = None,
         use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDModelOutput:
@@ -666,62 +698,68 @@ class TDDModel(TDDPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
-                Images. Needed unless `prefix_key_values` is given.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`, *optional*):
-                y_t W: the noisy tokens, projected. By default pure noise, always the same.
-            timesteps (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Timesteps, 1 ... T. T by default.
-            prefix_key_values (`tuple`, *optional*):
-                The images' keys and values from an earlier output, in place of `pixel_values`.
+                Images. Needed unless `image_features` or `cache` is given.
+            tokens (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+                Tokens to add noise to. With `config.corruption="mask"`, K stands for a mask. By default there are
+                none: the input is noise, or masks, alone.
+            timesteps (`torch.LongTensor` of shape `(batch_size, num_tokens)` or `(batch_size,)`, *optional*):
+                Timesteps, 1 ... T. T by default, which is noise alone.
+            noise (`torch.FloatTensor` of shape `(batch_size, num_tokens, config.noise_width)`, *optional*):
+                Standard normal noise. By default always the same, for each image.
             image_features (`torch.FloatTensor`, *optional*):
                 In place of `pixel_values`: the `pooler_output` of [`~TDDModel.get_image_features`].
+            cache ([`DenoiserCache`], *optional*):
+                In place of `pixel_values`: that of an earlier output for the same images.
             use_cache (`bool`, *optional*, defaults to `False`):
-                Whether to return `prefix_key_values`, to denoise the same images again.
+                Whether to return `cache`, to denoise the same images again.
 
         Raises:
-            `ValueError`: unless one of `pixel_values`, `image_features` and `prefix_key_values` is given, or as in
+            `ValueError`: unless one of `pixel_values`, `image_features` and `cache` is given, or as in
                 [`~TDDModel.get_image_features`].
         """
         if self.denoiser is None:
             raise ValueError("This model was made with `add_denoiser=False`: call `get_image_features`.")
-        if sum(given is not None for given in (pixel_values, image_features, prefix_key_values)) != 1:
-            raise ValueError("Give one of `pixel_values`, `image_features` and `prefix_key_values`.")
+        if sum(given is not None for given in (pixel_values, image_features, cache)) != 1:
+            raise ValueError("Give one of `pixel_values`, `image_features` and `cache`.")
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        if image_features is not None:
-            prefix_key_values = self.denoiser.encode_prefix(self.get_prefix(image_features=image_features))
-        key = prefix_key_values[0][0]
-        if inputs_embeds is None:
-            corruption = self.denoiser.corruption()
-            noise = corruption.draw_noise(1, self.config.max_position_embeddings, torch.Generator().manual_seed(0))
-            inputs_embeds = corruption.embed(corruption.start(noise)).expand(len(key), -1, -1)
-        if timesteps is None:
-            timesteps = torch.full((len(key),), self.config.num_timesteps, device=key.device)
-        outputs = self.denoiser(inputs_embeds, timesteps, prefix_key_values, **kwargs)
+        prefix = None if image_features is None else self.get_prefix(image_features=image_features)
+        batch_size = len(prefix) if cache is None else len(cache.key_values[0][0])
+        device = self.device if cache is None else cache.key_values[0][0].device
+        state = self._noisy_tokens(batch_size, tokens, timesteps, noise, device)
+        outputs = self.denoiser(
+            state.tokens, state.timesteps, state.noise, prefix, cache=cache, use_cache=use_cache, **kwargs
+        )
         return TDDModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            prefix_key_values=prefix_key_values if use_cache else None,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             encoder_last_hidden_state=image_features,
         )
 
-
-def repeat_rows(key_values: KeyValues, repeats: int) -> KeyValues:
-    """Each row of a prefix's keys and values `repeats` times in succession."""
-    if repeats == 1:
-        return key_values
-    return tuple(tuple(states.repeat_interleave(repeats, dim=0) for states in pair) for pair in key_values)
-
-
-def select_rows(key_values: KeyValues, keep: Tensor) -> KeyValues:
-    """The rows of a boolean mask."""
-    return tuple(tuple(states[keep] for states in pair) for pair in key_values)
-
-
-def expand_rows(key_values: KeyValues, rows: int) -> KeyValues:
-    """The keys and values of a prefix of one row, seen as those of `rows` rows."""
-    return tuple(tuple(states.expand(rows, -1, -1, -1) for states in pair) for pair in key_values)
+    def _noisy_tokens(
+        self,
+        batch_size: int,
+        tokens: Tensor | None,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        device: torch.device,
+    ) -> NoisyTokens:
+        """What the denoiser reads, with defaults for what is not given."""
+        config = self.config
+        if tokens is None:
+            nothing = config.num_categories if config.corruption == "mask" else 0
+            tokens = torch.full((batch_size, config.max_position_embeddings), nothing, device=device)
+        if timesteps is None:
+            timesteps = torch.full_like(tokens, config.num_timesteps)
+        elif timesteps.ndim == 1:
+            timesteps = timesteps[:, None].expand_as(tokens)
+        if noise is None and config.corruption == "gaussian":
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(tokens.shape[1], config.noise_width, generator=generator)
+            noise = noise.to(device).expand(batch_size, -1, -1)
+        return NoisyTokens(tokens, timesteps, noise, torch.zeros_like(tokens, dtype=torch.bool))
 
 
 def check_label_range(labels: Tensor, num_categories: int) -> None:
@@ -733,104 +771,6 @@ def check_label_range(labels: Tensor, num_categories: int) -> None:
         raise ValueError(f"`labels` must be in [0, {num_categories - 1}], got {low} to {high}.")
 
 
-class DiffusionLoss(NamedTuple):
-    """Result of [`diffusion_loss`]; the logits have the shape (batch_size, timesteps_per_image, N, K categories)."""
-
-    loss: Tensor
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-    loss_by_timestep: Tensor
-
-
-def sum_by_timestep(losses: Tensor, weight: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:
-    r"""
-    Args:
-        losses, weight (`torch.Tensor` of shape `(rows, N)`): Of the tokens.
-        timesteps (`torch.LongTensor` of shape `(rows,)` or `(rows, N)`): In 1 ... T.
-        num_timesteps (`int`): T.
-
-    Returns:
-        `torch.Tensor` of shape `(10, 2)`: sums of the weighted losses and of the weights in each tenth of 1 ... T.
-    """
-    tenths = ((timesteps if timesteps.ndim == 2 else timesteps[:, None]) - 1) * 10 // num_timesteps
-    values = torch.stack([weight * losses, weight.expand_as(losses)], dim=-1).detach()
-    return values.new_zeros(10, 2).index_add(0, tenths.expand_as(losses).flatten(), values.flatten(0, 1))
-
-
-def diffusion_loss(
-    denoiser: TDDDenoiser,
-    head: nn.Module,
-    prefix: Tensor,
-    targets: Tensor,
-    timesteps: Tensor | None = None,
-    noise: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    **kwargs: Unpack[TransformersKwargs],
-) -> DiffusionLoss:
-    r"""
-    The training loss of Sections 3.2 and 3.4, with the K-fold feature reuse of Section 3.3: the weighted mean of the
-    tokens' losses over images and timesteps.
-
-    Args:
-        denoiser, head (`nn.Module`): From noisy tokens to hidden states, and on to scores.
-        prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`): The images' conditions.
-        targets (`torch.Tensor`):
-            Clean tokens, int64 of shape `(batch_size, N)`, or their probabilities, `(batch_size, N, K categories)`.
-        timesteps (`torch.LongTensor`, *optional*):
-            Of shape `(batch_size, timesteps_per_image)` or `(batch_size, timesteps_per_image, N)`. Drawn if not given.
-        noise (`torch.Tensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*): Likewise.
-        token_weight (`torch.Tensor` of shape `(batch_size, N)`, *optional*): Weights of the tokens, 1 by default.
-    """
-    config = denoiser.config
-    batch_size, num_tokens = targets.shape[:2]
-    repeats = config.timesteps_per_image
-    # 1. In training some conditions give way to the null condition; then each image's prefix is computed once
-    prefix, prefix_mask = denoiser.drop_condition(prefix) if denoiser.training else (prefix, None)
-    key_values = repeat_rows(denoiser.encode_prefix(prefix, prefix_mask), repeats)
-    prefix_mask = None if prefix_mask is None else prefix_mask.repeat_interleave(repeats, dim=0)
-    # 2. K noisy versions of an image's tokens
-    draws_sequences = timesteps is None and num_tokens > 1
-    if timesteps is None:
-        timesteps = training_timesteps(batch_size, repeats, config.num_timesteps, prefix.device)
-    timesteps = timesteps.flatten(0, 1)
-    if draws_sequences and config.has_token_timesteps:
-        timesteps = token_timesteps(timesteps, num_tokens, config.num_timesteps)
-    corruption = denoiser.corruption()
-    noise = corruption.draw_noise(batch_size * repeats, num_tokens) if noise is None else noise.flatten(0, 1)
-    repeated_targets = targets.repeat_interleave(repeats, dim=0)
-    shown = repeated_targets
-    if draws_sequences and denoiser.training and config.training_mistakes > 0:
-        shown = with_mistakes(repeated_targets, config.training_mistakes)
-    inputs_embeds, weight = corruption.corrupt(shown, timesteps, noise)
-    # 3. Denoise and compare
-    outputs = denoiser(inputs_embeds, timesteps, key_values, prefix_mask, **kwargs)
-    logits = head(outputs.last_hidden_state).float()
-    if config.prediction_type == "epsilon":
-        losses = (logits - noise).square().mean(-1)
-    else:
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1),
-            repeated_targets.flatten(0, 1),
-            reduction="none",
-            label_smoothing=config.label_smoothing,
-        ).view(-1, num_tokens)
-    if token_weight is None:
-        loss = (weight * losses).mean()
-    else:
-        token_weight = token_weight.repeat_interleave(repeats, dim=0)
-        weight = weight * token_weight
-        # The paper's sum over the N places, divided by the constant N: the same however a batch is cut.
-        loss = (weight * losses).mean()
-    return DiffusionLoss(
-        loss,
-        logits.unflatten(0, (batch_size, repeats)),
-        outputs.hidden_states,
-        outputs.attentions,
-        sum_by_timestep(losses, weight, timesteps, config.num_timesteps),
-    )
-
-
 class TDDForImageClassification(TDDPreTrainedModel):
     r"""
     Image classification as the denoising of one label (Section 3.4).
@@ -839,7 +779,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
     the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer` work unchanged.
     The result of an image depends neither on the other images of its batch nor on global random state.
 
-    With `config.corruption="mask"` it is the rival MDD, for one token a linear head on the encoder's features.
+    With `config.corruption="mask"` it is the baseline MDD, for one token a linear head on the encoder's features.
     """
 
     _tied_weights_keys = {"classifier.weight": "model.denoiser.token_embedding.weight"}
@@ -887,7 +827,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
             timesteps (`torch.LongTensor` of shape `(batch_size, timesteps_per_image)`, *optional*):
                 Training mode: timesteps in 1 ... T. Drawn if not given.
             noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, 1, noise_width)`, *optional*):
-                Training mode: the noise of each timestep, as [`GaussianCorruption.draw_noise`] draws it if not given.
+                Training mode: the standard normal noise of each timestep. Drawn if not given.
             num_inference_steps, guidance_scale, guidance_schedule, sampling_strategy, num_noise_samples (*optional*):
                 Eval mode: as in [`TDDConfig`], from which the defaults come.
             generator (`torch.Generator`, *optional*):
@@ -934,19 +874,15 @@ class TDDForImageClassification(TDDPreTrainedModel):
             )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         if labels is not None:
-            # A new output: a field that was None when its output was made is no key of it, and Trainer looks for one.
+            # A new output: a field that was None when an output was made is missing from its keys, which Trainer reads
             loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
             outputs = TDDImageClassifierOutput(loss=loss, **outputs)
         return outputs
 
     def _resolve_settings(self, **settings: Any) -> dict[str, Any]:
-        """Takes what is not given from the configuration, and checks all of it before anything is computed."""
+        """Takes what is not given from the configuration, and checks it before anything is computed."""
         settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
-        check_range("num_inference_steps", settings["num_inference_steps"], 1, self.config.num_timesteps)
-        check_range("guidance_scale", settings["guidance_scale"], 1)
-        check_choice("guidance_schedule", settings["guidance_schedule"], GUIDANCE_SCHEDULES)
-        check_choice("sampling_strategy", settings["sampling_strategy"], SAMPLING_STRATEGIES)
-        check_range("num_noise_samples", settings["num_noise_samples"], 1)
+        check_inference_settings(self.config.num_timesteps, **settings)
         return settings
 
     def _check_labels(self, labels: Tensor, batch_size: int) -> None:
@@ -985,38 +921,31 @@ class TDDForImageClassification(TDDPreTrainedModel):
         **kwargs: Any,
     ) -> TDDImageClassifierOutput:
         """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
-        # 1. Keys and values, once for all steps
-        predictor = GuidedPredictor(
-            self.model.denoiser,
-            self.classifier,
-            prefix,
-            num_noise_samples,
-            guidance_scale,
-            guidance_schedule,
-            **kwargs,
-        )
+        # 1. One row for each image and noise sample
+        config, num_images, device = self.config, len(prefix), prefix.device
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        numbers = RandomNumbers([generator], num_images, num_noise_samples, 1, config.noise_width, device)
+        nothing = KnownTokens.none(num_images * num_noise_samples, 1, device)
+        network = ConditionedDenoiser(self.model.denoiser, self.classifier, prefix, **kwargs)
         # 2. The loop
         steps = denoise(
-            predictor,
-            predictor.corruption,
-            rows=len(prefix) * num_noise_samples,
-            num_tokens=1,
-            num_inference_steps=num_inference_steps,
-            sampling_strategy=sampling_strategy,
-            generator=torch.Generator().manual_seed(0) if generator is None else generator,
-            num_noise_samples=num_noise_samples,
+            network,
+            RenoiseSampler(config.num_timesteps, numbers, nothing),
+            numbers,
+            guidance_scales(guidance_schedule, guidance_scale, num_inference_steps),
+            sampling_strategy,
         )
         trajectory, logits = [], None
         for step in steps:
             logits = average_samples(step.logits[:, 0], num_noise_samples)
             if output_trajectory:
                 trajectory.append(logits.float().softmax(-1))
-        # 3. The last step's scores are the answer
+        # 3. The last step's logits are the answer
         return TDDImageClassifierOutput(
             logits=logits,
             trajectory=torch.stack(trajectory, dim=1) if output_trajectory else None,
-            hidden_states=predictor.outputs.hidden_states,
-            attentions=predictor.outputs.attentions,
+            hidden_states=network.outputs.hidden_states,
+            attentions=network.outputs.attentions,
         )
 
 
@@ -1027,7 +956,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
     A caption is its tokens, one `eos_token_id`, and `pad_token_id` up to N = `config.max_position_embeddings` places.
     Padding is a token like any other, of less weight in the loss, so a caption's length is part of what is denoised.
 
-    With `config.corruption="mask"` it is the rival MDD on the same network.
+    With `config.corruption="mask"` it is the baseline MDD on the same network.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.denoiser.token_embedding.weight"}
@@ -1062,10 +991,10 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_features: torch.FloatTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        tokens: torch.LongTensor | None = None,
         timesteps: torch.LongTensor | None = None,
         noise: torch.FloatTensor | None = None,
-        prefix_key_values: KeyValues | None = None,
+        cache: DenoiserCache | None = None,
         use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDCaptioningOutput:
@@ -1079,29 +1008,30 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
                 Captions with their `eos_token_id`, of at most N tokens. `pad_token_id` or -100 fills short ones.
             image_features (`torch.FloatTensor`, *optional*):
                 In place of `pixel_values`: the `pooler_output` of `model.get_image_features`, such as one from disc.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`, *optional*):
-                Without `labels`: y_t W. Pure noise by default.
+            tokens (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+                Without `labels`: as in [`TDDModel`].
             timesteps (`torch.LongTensor`, *optional*):
-                In 1 ... T. With `labels` of shape `(batch_size, timesteps_per_image)`, drawn if not given. Without, of
-                shape `(batch_size,)`, T by default.
+                In 1 ... T. With `labels` of shape `(batch_size, timesteps_per_image)`, drawn if not given. Without,
+                as in [`TDDModel`].
             noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*):
-                With `labels`: the noise of each timestep, drawn if not given.
-            prefix_key_values (`tuple`, *optional*):
-                Without `labels`: the images' keys and values from an earlier output, in place of `pixel_values`.
+                With `labels`: the noise of each timestep, drawn if not given. Without, as in [`TDDModel`].
+            cache ([`DenoiserCache`], *optional*):
+                Without `labels`: in place of `pixel_values`, that of an earlier output for the same images.
             use_cache (`bool`, *optional*, defaults to `False`):
-                Without `labels`: whether to return `prefix_key_values`.
+                Without `labels`: whether to return `cache`.
+
+        In eval mode the loss draws its timesteps and noise from a fixed seed, the same for each image, so that
+        `eval_loss` can choose a checkpoint.
 
         Raises:
             `ValueError`: for token ids out of range, captions longer than N, or pixels as in
                 [`TDDModel.get_image_features`].
         """
         if labels is None:
-            outputs = self.model(
-                pixel_values, inputs_embeds, timesteps, prefix_key_values, image_features, use_cache, **kwargs
-            )
+            outputs = self.model(pixel_values, tokens, timesteps, noise, image_features, cache, use_cache, **kwargs)
             return TDDCaptioningOutput(
                 logits=self.lm_head(outputs.last_hidden_state),
-                prefix_key_values=outputs.prefix_key_values,
+                cache=outputs.cache,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
@@ -1142,71 +1072,58 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
         check_label_range(labels, self.config.vocab_size)
         return nn.functional.pad(labels, (0, length - labels.shape[1]), value=self.config.pad_token_id)
 
-    def make_predictor(
-        self, prefix: Tensor, repeats: int, guidance_scale: float, guidance_schedule: str
-    ) -> "GuidedPredictor":
-        """What `generate` denoises with: the prefix's keys and values, each image's `repeats` times."""
-        return GuidedPredictor(self.model.denoiser, self.lm_head, prefix, repeats, guidance_scale, guidance_schedule)
+    def make_network(self, prefix: Tensor) -> "ConditionedDenoiser":
+        """What `generate` denoises with, on the condition of the images in `prefix`."""
+        return ConditionedDenoiser(self.model.denoiser, self.lm_head, prefix)
 
 
-class GuidedPredictor:
-    """Scores over K categories from a state and its timestep: the denoiser, its head, and guidance (Algorithm 1).
+class ConditionedDenoiser:
+    """The network of one denoising loop: the denoiser with its head, on the condition of the images in `prefix` or
+    without it. The first step of each kind computes what all of them share."""
 
-    Each image of `prefix` has `repeats` rows in succession.
-    """
-
-    def __init__(
-        self,
-        denoiser: TDDDenoiser,
-        head: nn.Module,
-        prefix: Tensor,
-        repeats: int,
-        guidance_scale: float,
-        guidance_schedule: str,
-        **denoiser_kwargs: Any,
-    ):
-        self.denoiser, self.head = denoiser, head
-        self.conditional = repeat_rows(denoiser.encode_prefix(prefix), repeats)
-        self.unconditional = None
-        if guidance_scale != 1:  # only guidance reads the null prefix
-            self.unconditional = expand_rows(denoiser.encode_prefix(denoiser.null_prefix), len(prefix) * repeats)
-        self.guidance_scale, self.guidance_schedule = guidance_scale, guidance_schedule
+    def __init__(self, denoiser: TDDDenoiser, head: nn.Module, prefix: Tensor, **denoiser_kwargs: Any):
+        self.denoiser, self.head, self.prefix = denoiser, head, prefix
         self.denoiser_kwargs = denoiser_kwargs
-        self.corruption = denoiser.corruption()
+        self.conditional: DenoiserCache | None = None
+        self.unconditional: DenoiserCache | None = None
         self.outputs: BaseModelOutput | None = None
 
-    def select(self, keep: Tensor) -> None:
-        """From now on only the rows of the boolean mask `keep` are denoised."""
-        self.conditional = select_rows(self.conditional, keep)
-        if self.unconditional is not None:
-            self.unconditional = select_rows(self.unconditional, keep)
+    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
+        """Predictions, float32 of shape (rows, N, K); see [`~sampling_tdd.Network`]."""
+        inputs = (state.tokens, state.timesteps, state.noise)
+        if conditional:
+            prefix = self.prefix if self.conditional is None else None
+            outputs = self.denoiser(*inputs, prefix, cache=self.conditional, use_cache=True, **self.denoiser_kwargs)
+            self.conditional, self.outputs = outputs.cache, outputs
+        else:
+            cache = self.unconditional or DenoiserCache(None, self.conditional.noise_factor)
+            outputs = self.denoiser(*inputs, cache=cache, use_cache=True)
+            self.unconditional = outputs.cache
+        return self.head(outputs.last_hidden_state).float()
 
-    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
-        """`state` as of the corruption; returns float32 scores of shape `(rows, num_tokens, K)`."""
-        config = self.denoiser.config
-        inputs_embeds = self.corruption.embed(state)
-        timesteps = token_timesteps
-        if timesteps is None:
-            timesteps = torch.full((len(inputs_embeds),), timestep, device=inputs_embeds.device)
-        self.outputs = self.denoiser(inputs_embeds, timesteps, self.conditional, **self.denoiser_kwargs)
-        prediction = self.head(self.outputs.last_hidden_state).float()
+    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+        """The prediction itself or, where the network predicts the noise, `y_t - sigma_t epsilon`: that is y_0 up to a
+        positive factor, which no argmax sees (at t = T the factor is infinite)."""
+        if self.denoiser.config.prediction_type == "sample":
+            return prediction
+        schedule = self.denoiser.schedule_on(prediction.device)
+        clean = one_hot(state.tokens, self.denoiser.config.num_categories)
+        noisy = add_noise(clean, state.noise, schedule, state.timesteps)
+        return noisy - schedule.sigma[state.timesteps][..., None] * prediction
+
+    def select(self, keep: Tensor) -> None:
+        """From now on only the rows of a boolean mask are denoised."""
+        self.conditional = self.conditional.select(keep)
         if self.unconditional is not None:
-            progress = 1 - timestep / config.num_timesteps
-            scale = guidance_scale_at(self.guidance_schedule, self.guidance_scale, progress)
-            unguided = self.denoiser(inputs_embeds, timesteps, self.unconditional).last_hidden_state
-            prediction = apply_guidance(prediction, self.head(unguided).float(), scale)
-        if config.prediction_type == "epsilon":
-            # y_0 up to a positive factor, which no argmax sees: at t = T the factor is infinite.
-            return state - (1 - self.corruption.alpha_bar[timestep]).sqrt() * prediction
-        return prediction
+            self.unconditional = self.unconditional.select(keep)
 
 
 def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:
-    """Scores of the mean probabilities over an image's noise samples: (images * samples, K) -> (images, K)."""
+    """Log of the mean probabilities over an image's noise samples: (images * samples, K) -> (images, K)."""
     if num_noise_samples == 1:
         return logits
-    log_probabilities = logits.log_softmax(-1).view(-1, num_noise_samples, logits.shape[-1])
-    return log_probabilities.logsumexp(1) - math.log(num_noise_samples)
+    log_probs = logits.log_softmax(-1).view(-1, num_noise_samples, logits.shape[-1])
+    return log_probs.logsumexp(1) - math.log(num_noise_samples)
 
 
 __all__ = [
