@@ -342,8 +342,13 @@ class TDDConfig(PreTrainedConfig):
         check_range("condition_dropout", self.condition_dropout, 0, 1)
         check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
         check_range("pad_loss_weight", self.pad_loss_weight, 0, 1)
-        if self.timestep_sampling == "per_token" and self.max_position_embeddings == 1:
-            raise ValueError("`timestep_sampling='per_token'` needs `max_position_embeddings` above 1, got 1.")
+        if self.max_position_embeddings == 1:
+            if self.timestep_sampling == "per_token":
+                raise ValueError("`timestep_sampling='per_token'` needs `max_position_embeddings` above 1, got 1.")
+            if self.mistaken_share > 0:
+                raise ValueError(
+                    f"`mistaken_share={self.mistaken_share!r}` needs `max_position_embeddings` above 1, got 1."
+                )
         if self.timestep_sampling == "per_token" and self.loss_weighting == "alpha_bar":
             raise ValueError(
                 "`timestep_sampling='per_token'` needs `loss_weighting='none'`: it teaches tokens of pure noise, "

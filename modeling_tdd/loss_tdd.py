@@ -136,8 +136,8 @@ def draw_noisy_targets(
         drawn = draw_timesteps(drawn_images, repeats, config.num_timesteps, device, generator).flatten()[:, None]
         if config.timestep_sampling == "per_token":
             drawn = draw_token_timesteps(drawn, num_tokens, config.num_timesteps, generator)
-            if training and config.mistaken_share > 0:
-                tokens = replace_by_wrong_tokens(tokens, config.mistaken_share)
+        if training and config.mistaken_share > 0:
+            tokens = replace_by_wrong_tokens(tokens, config.mistaken_share)
         timesteps = drawn.expand(-1, num_tokens).repeat(batch_size // drawn_images, 1)
     else:
         timesteps = timesteps.flatten(0, 1).view(batch_size * repeats, -1).expand(-1, num_tokens)
