@@ -257,7 +257,7 @@ class TDDLayer(GradientCheckpointingLayer):
         `hidden_states` has one or several successive rows for each row of `prefix`."""
         if prefix_key is None:
             prefix, key, value = self._encode_prefix(prefix, prefix_attention_mask)
-            repeats = len(hidden_states) // len(key)
+            repeats = hidden_states.shape[0] // key.shape[0]
             prefix_key, prefix_value = (states.repeat_interleave(repeats, dim=0) for states in (key, value))
         normed = self.layernorm_before(hidden_states)
         key, value = self.attention.key_value(normed)
@@ -533,7 +533,7 @@ class TDDDenoiser(TDDPreTrainedModel):
         hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
         # 3. They attend to the prefix and to each other; the prefix attends to itself
         if prefix_mask is not None:
-            prefix_mask = prefix_mask.repeat_interleave(len(tokens) // len(prefix), dim=0)
+            prefix_mask = prefix_mask.repeat_interleave(tokens.shape[0] // prefix.shape[0], dim=0)
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)

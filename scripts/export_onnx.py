@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Writes a checkpoint as two ONNX graphs, and checks that they compute what the model does.
 
-`encoder.onnx` computes an image's keys and values, once per image. `denoiser_step.onnx` computes logits of clean tokens
-from tokens, their timesteps, standard normal noise, and these keys and values, once per step. Guidance calls it twice,
-the second time with the keys and values of the null condition, which `null_condition.safetensors` holds. The loop around
-the step, choosing tokens and drawing noise, is left to the caller.
+`encoder.onnx` computes an image's keys and values, once per image. `denoiser_step.onnx` computes logits of clean
+tokens from tokens, their timesteps, standard normal noise, and these keys and values, once per step. Guidance calls it
+twice, the second time with the keys and values of the null condition, which `null_condition.safetensors` holds. The
+loop around the step, choosing tokens and drawing noise, is left to the caller.
 
     python scripts/export_onnx.py CHECKPOINT --output FOLDER
 """
