@@ -12,8 +12,9 @@ head. `--encoder` is any pretrained vision model: denoiser and head are new, and
 the captions. All of `TrainingArguments` are options too (`--learning_rate`, `--bf16`, `--push_to_hub`, ...), at their
 defaults; none needs a particular value. A repeated command resumes from the last complete checkpoint.
 
-What is evaluated, saved and pushed are the averaged weights (`--ema_decay`); with `--lora_rank` the adapter goes to
-`OUTPUT_DIR/adapter`, and the model with the adapter merged in, which loads without peft, to `OUTPUT_DIR`.
+What is evaluated, saved and pushed are the averaged weights (`--ema_decay`, `--ema_warmup`). With `--lora_rank` the
+adapter goes to `OUTPUT_DIR/adapter`, and the model with the adapter merged in, which loads without peft, to
+`OUTPUT_DIR`.
 """
 
 import json
@@ -59,7 +60,10 @@ class ModelArguments:
     tokenizer_kind: str = field(
         default="bpe", metadata={"help": "With --encoder: the captioner's tokens.", "choices": ["word", "bpe"]}
     )
-    ema_decay: float = field(default=0.9999, metadata={"help": "Of the averaged weights; 0 publishes the last ones."})
+    ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the averaged weights; 0: no average."})
+    ema_warmup: bool = field(
+        default=True, metadata={"help": "Whether the decay grows with the steps, so that short runs are followed."}
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
     lora_target: str = field(default="all", metadata={"help": "Where adapters go.", "choices": list(LORA_TARGETS)})
 
@@ -217,7 +221,7 @@ def main() -> None:
         model = add_lora(model, model_args.lora_rank, model_args.lora_target, task.new_modules)
     callbacks = [EpochCallback()]
     if model_args.ema_decay > 0:
-        callbacks.append(EMACallback(model_args.ema_decay))
+        callbacks.append(EMACallback(model_args.ema_decay, model_args.ema_warmup))
     trainer = Trainer(
         model,
         training_args,

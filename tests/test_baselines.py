@@ -279,7 +279,7 @@ def test_runs_that_are_no_seeds_of_one_another_are_refused(folders: list[Path], 
     longer.parent.joinpath("other").mkdir()
     with pytest.raises(ValueError, match="other has no result.json: give folders of finished runs"):
         read_results([longer.parent / "other"])
-    with pytest.raises(ValueError, match="longer/tdd-seed0 and .* have the same method, schedule and seed"):
+    with pytest.raises(ValueError, match="longer/tdd-seed0 and .* the same method, schedule, weightings and seed"):
         read_results([longer, folders[1], longer])
 
 
@@ -294,3 +294,35 @@ def test_plot_script(folders: list[Path], tmp_path: Path) -> None:
         colors = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)}
     assert {"#0072B2", "#D55E00", "#009E73"} <= colors  # the three lines with steps
     assert "#CC79A7" not in colors  # no fourth
+
+
+def test_plot_script_names_the_weightings_that_differ(tmp_path: Path) -> None:
+    """Runs of scripts/train_classification.py by the recipes of Fig. 5."""
+    folders = []
+    for input_weighting in ("none", "visibility"):
+        for loss_weighting in ("alpha_bar", "none"):
+            for seed in (0, 1):
+                folder = tmp_path / f"input_{input_weighting}_{loss_weighting}/tdd-seed{seed}"
+                grid = [{"num_inference_steps": n, "guidance_scale": 1.0, "top1": 0.01 * n} for n in (1, 50)]
+                recipe = {"data": {"eval_split": "validation"}}
+                write_json(folder / "result.json", {"method": "tdd", "seed": seed, "recipe": recipe, "accuracy": grid})
+                fields = {"input_weighting": input_weighting, "loss_weighting": loss_weighting, "num_labels": 5}
+                TDDConfig(noise_schedule="cosine", **fields).to_json_file(folder / "config.json", use_diff=False)
+                folders.append(folder)
+    labels = [line.label for line in collect_scores(read_results(folders), "validation", "top1")]
+    assert labels == [
+        f"tdd, cosine, input {weighting}, {word} coefficient"
+        for weighting in ("none", "visibility")
+        for word in ("with", "without")
+    ]
+    with_coefficient = [line.label for line in collect_scores(read_results(folders[:2]), "validation", "top1")]
+    assert with_coefficient == ["tdd, cosine"]
+    done = run_script("plot_steps.py", tmp_path, *map(str, folders), "--output", "fig5.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, _, first, *_ = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, first)]
+    assert cells[0][:6] == ["method", "schedule", "input weighting", "loss weighting", "guidance", "metric"]
+    assert cells[1][:7] == ["tdd", "cosine", "none", "alpha_bar", "1", "top1", "1.00 ± 0.00"]
+    with Image.open(tmp_path / "fig5.png") as image:
+        colors = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)}
+    assert {"#0072B2", "#D55E00", "#009E73", "#CC79A7"} <= colors

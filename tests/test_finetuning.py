@@ -100,10 +100,11 @@ def make_classification_trainer(
 
 
 class RecordWeights(TrainerCallback):
-    """The weights after each step, as `Trainer` steps them, and their average as timm computes it from them."""
+    """The weights before training and after each step, and their average as timm computes it from them."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
+        self.start = weights(model)
         self.raw, self.average = [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -134,6 +135,19 @@ def test_average_is_what_is_evaluated_saved_and_left_behind(make_classification_
     trainer = make_classification_trainer(EMACallback(decay=0.9), save_strategy="no", folder="end", **schedule)
     trainer.train()
     assert equal(trainer.model.state_dict(), record.average[-1])
+
+
+def test_without_warmup_the_decay_is_constant(make_classification_trainer):
+    record = RecordWeights()
+    make_classification_trainer(record, folder="without", max_steps=4, save_strategy="no").train()
+    trainer = make_classification_trainer(EMACallback(0.9, warmup=False), max_steps=4, save_strategy="no")
+    trainer.train()
+    expected = record.start
+    for raw in record.raw:
+        expected = {name: 0.9 * average + 0.1 * raw[name] for name, average in expected.items()}
+    torch.testing.assert_close(weights(trainer.model), expected)
+    moved = torch.cat([(record.average[-1][name] - average).flatten() for name, average in expected.items()])
+    assert moved.abs().max() > 1e-3  # with warm-up the average is another one
 
 
 def test_best_checkpoint_is_the_best_average(make_classification_trainer):
@@ -279,7 +293,6 @@ def emoji_captioner(emoji: Dataset) -> tuple[TDDForCaptioning, TDDProcessor]:
         num_hidden_layers=2,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        loss_weighting="none",
         condition_dropout=0.0,
         **size,
     )
@@ -486,6 +499,22 @@ def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkp
     assert any(not average[name].equal(tensor) for name, tensor in last.items())
     scores = [json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] for folder in (whole, killed)]
     assert scores[0] == scores[1]
+
+
+def test_script_can_keep_the_decay_constant(tmp_path, monkeypatch, digits_checkpoint):
+    output = tmp_path / "out"
+    run_here(
+        monkeypatch,
+        *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits", "--use_cpu"),
+        *("--ema_decay", "0.9", "--ema_warmup", "false", "--learning_rate", "0.001", "--warmup_steps", "0"),
+        *("--max_steps", "1", "--save_steps", "1", "--per_device_eval_batch_size", "360"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(output)),
+    )
+    start, average = load_file(digits_checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
+    last = load_file(output / f"checkpoint-1/{TRAINING_WEIGHTS_NAME}")
+    for name, trained in last.items():
+        torch.testing.assert_close(average[name], 0.9 * start[name] + 0.1 * trained)
+    assert any(not average[name].equal(trained) for name, trained in last.items())  # with warm-up it is a copy
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path, caplog):

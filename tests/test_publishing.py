@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -148,7 +149,7 @@ def write_result(folder: Path, method: str, seed: int, token_f1: float, recipe: 
     ]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
-        (folder / "config.json").write_text(json.dumps({"noise_schedule": "projected"}))
+        shutil.copy(folder.with_name("tdd-seed0") / "config.json", folder)
     result = {"method": method, "seed": seed, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -235,6 +236,7 @@ def test_card_of_a_classifier(
     assert card.data.pipeline_tag == "image-classification" and not card_errors(str(card))
     [metric] = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
     assert metric == {"type": "accuracy", "value": 90.0, "name": "top1, 10 denoising steps"}
+    assert "batch size 64, learning rate 0.001, weight decay 0.05" in card.text
     assert "It knows 5 labels" in card.text and "Scores in %, one seed." in card.text
 
 

@@ -262,8 +262,9 @@ def test_the_last_checkpoints_are_kept_and_none_or_a_path_go_back(unbroken: Path
 
 def test_a_checkpoint_of_other_settings_is_refused(unbroken: Path, tmp_path: Path):
     source = str(unbroken / "checkpoints/step-00000020")
-    assert train(tmp_path, resume=source, learning_rate=2e-3, seed=1, eval_every=1) == 1
-    assert "other settings: learning_rate was 0.001, is 0.002; seed was 0, is 1. Go on with those" in output(tmp_path)
+    assert train(tmp_path, resume=source, base_learning_rate=3.2e-2, ema_warmup=False, seed=1, eval_every=1) == 1
+    differences = "base_learning_rate was 0.016, is 0.032; ema_warmup was True, is False; seed was 0, is 1"
+    assert f"other settings: {differences}. Go on with those" in output(tmp_path)
     assert train(tmp_path, resume=str(unbroken)) == 1
     assert f"`resume` must be 'auto', 'none' or a checkpoint's folder, got '{unbroken}'" in output(tmp_path)
 

@@ -151,7 +151,7 @@ def run(folder: Path, **options: Any) -> None:
         "epochs": 5,
         "batch_size": BATCH_SIZE,
         "device_batch_size": DEVICE_BATCH_SIZE,
-        "learning_rate": 1e-3,
+        "base_learning_rate": 1.6e-2,  # 1e-3 for this batch size
         "warmup_epochs": 1,
         "ema_decay": 0.9,
         "mixed_precision": "no",

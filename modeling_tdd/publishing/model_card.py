@@ -165,6 +165,8 @@ def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
     training = recipe["training"]
+    # Results from before there was `base_learning_rate` state the learning rate itself.
+    rate = training.get("learning_rate") or training["base_learning_rate"] * training["batch_size"] / 256
     encoder = recipe.get("encoder")
     start = "from scratch"
     if encoder is not None:
@@ -172,7 +174,7 @@ def _training(recipe: dict[str, Any], seed: int) -> str:
         start = f"from the{frozen} encoder `{without_machine_paths(encoder)}`"
     return (
         f"{training['epochs']} epochs of AdamW {start}: batch size {training['batch_size']}, learning rate "
-        f"{training['learning_rate']:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
+        f"{rate:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
         f"moving average of decay {training['ema_decay']:g}."
     )
 

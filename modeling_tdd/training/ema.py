@@ -3,6 +3,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ class EMACallback(TrainerCallback):
 
     Args:
         decay (`float`, *optional*, defaults to 0.9999):
-            Of the average. It grows up to this with the steps taken, as in timm: the average follows a short run too.
+            Decay of the average, in [0, 1).
+        warmup (`bool`, *optional*, defaults to `True`):
+            Whether the decay grows up to `decay` with the steps taken, as in timm, so that the average follows a
+            short run too (ours). `False` keeps it constant, as in the paper (equation 2).
 
     Raises:
         `ValueError`: for a decay out of [0, 1), weights in half precision, sharded weights (FSDP, DeepSpeed),
@@ -48,10 +52,11 @@ class EMACallback(TrainerCallback):
     >>> trainer.save_model("published")  # the average
     ```"""
 
-    def __init__(self, decay: float = 0.9999):
+    def __init__(self, decay: float = 0.9999, warmup: bool = True):
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
         self.decay = decay
+        self.warmup = warmup
         self._forget()
 
     def _forget(self) -> None:
@@ -76,7 +81,7 @@ class EMACallback(TrainerCallback):
         check_support(args, tensors)
         self.names = list(tensors)
         self.own = nn.ParameterList(tensors.values())
-        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=True)
+        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=self.warmup)
         if state.global_step > 0:
             self._resume(args, state)
 
@@ -87,7 +92,7 @@ class EMACallback(TrainerCallback):
         self._hold_average(False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.ema.update(self.own, step=state.global_step)
+        update_average(self.ema, self.own, state.global_step)
         self._prepare(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -163,6 +168,20 @@ class EMACallback(TrainerCallback):
         for name, other in zip(self.names, self.ema.module):
             other.copy_(saved[name])
         self.is_swapped = True
+
+
+def update_average(ema: ModelEmaV3, model: nn.Module | SimpleNamespace, step: int) -> None:
+    r"""
+    One step of a moving average.
+
+    Args:
+        ema (`ModelEmaV3`): The average.
+        model (`nn.Module`): What is averaged, or anything that has its `state_dict()`.
+        step (`int`): The number of steps taken, this one included.
+    """
+    # Given a step, timm's first update is a copy. Without warm-up the decay is constant from the first step on, as in
+    # the paper (appendix A.3, Algorithm 2).
+    ema.update(model, step=step if ema.use_warmup else None)
 
 
 def averaged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from .batches import count_steps, epoch_batches, stream_position
 from .checkpoints import Checkpoints, Progress, any_process
 from .data import Batch, Example
+from .ema import update_average
 from .interruption import StopRequest, leave_signals_to_the_trainer
 from .monitor import Monitor, StepRecord, default_trackers
 from .recipe import TrainingRecipe
@@ -137,9 +139,12 @@ def prepare_training(
     accelerator: Accelerator, recipe: TrainingRecipe, model: nn.Module, steps_per_epoch: int, seed: int
 ) -> TrainingState:
     """Makes the optimiser, the schedule and the moving average, and hands all of them to Accelerate."""
-    # Before Accelerate shards the model: the average is whole in each process. With its warm-up it follows a short run
-    # too: its horizon grows with the steps taken.
-    ema = ModelEmaV3(model.to(accelerator.device), decay=recipe.ema_decay, use_warmup=True)
+    accelerator.print(
+        f"learning rate {_scientific(recipe.learning_rate)} = base {_scientific(recipe.base_learning_rate)} x batch "
+        f"{recipe.batch_size} / 256"
+    )
+    # This happens before Accelerate shards the model: the average is whole in each process.
+    ema = ModelEmaV3(model.to(accelerator.device), decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, recipe.weight_decay),
         lr=recipe.learning_rate,
@@ -156,11 +161,16 @@ def prepare_training(
     return TrainingState(accelerator, model, optimizer, scheduler, ema, seed, Progress())
 
 
+def _scientific(number: float) -> str:
+    """`"1.6e-03"`: a number with no more digits than it has."""
+    return np.format_float_scientific(number, precision=4, trim="-", exp_digits=2)
+
+
 def update_ema(state: TrainingState) -> None:
     """One step of the moving average. Weights that FSDP has sharded are gathered: all processes must call it."""
     weights = state.accelerator.unwrap_model(state.model).state_dict()
     weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
-    state.ema.update(SimpleNamespace(state_dict=lambda: weights), step=state.progress.step)
+    update_average(state.ema, SimpleNamespace(state_dict=lambda: weights), state.progress.step)
 
 
 def take_step(state: TrainingState, batches: list[Batch], max_grad_norm: float) -> StepRecord:

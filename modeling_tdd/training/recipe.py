@@ -116,10 +116,15 @@ class TrainingRecipe:
         epochs (`int`): Passes over the training data.
         batch_size (`int`): Images an optimiser step, over all processes and accumulation steps.
         device_batch_size (`int`, *optional*): Images that fit a device at once; the rest is gradient accumulation.
-        learning_rate, weight_decay, adam_beta2 (`float`): AdamW's; norms and biases do not decay.
+        base_learning_rate (`float`):
+            The learning rate at a batch size of 256, above 0. It scales linearly with the batch size (Goyal et al.,
+            2017), see [`~TrainingRecipe.learning_rate`].
+        weight_decay, adam_beta2 (`float`): Settings of AdamW. The weights of norms and the biases do not decay.
         warmup_epochs (`float`): Linear warm-up, then a cosine to zero.
         max_grad_norm (`float`): Global norm to clip at.
         ema_decay (`float`): Decay of the weights' moving average, which is what is evaluated and saved.
+        ema_warmup (`bool`): Whether the decay grows up to `ema_decay` with the steps taken, so that the average
+            follows a short run too (ours). `False` keeps it constant, as in the paper (equation 2).
         mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it.
         num_workers (`int`): Processes that load data.
         cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest on one.
@@ -134,12 +139,13 @@ class TrainingRecipe:
     epochs: int
     batch_size: int
     device_batch_size: int | None = None
-    learning_rate: float = 1e-4
+    base_learning_rate: float = 1e-4
     weight_decay: float = 0.3
     adam_beta2: float = 0.999
     warmup_epochs: float = 0.0
     max_grad_norm: float = 3.0
     ema_decay: float = 0.9999
+    ema_warmup: bool = True
     mixed_precision: str = "auto"
     num_workers: int = 0
     cpu_threads: int | None = None
@@ -154,10 +160,17 @@ class TrainingRecipe:
         for name in ("epochs", "batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.base_learning_rate > 0:
+            raise ValueError(f"`training.base_learning_rate` must be above 0, got {self.base_learning_rate}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
             raise ValueError(
                 f"`training.mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
             )
+
+    @property
+    def learning_rate(self) -> float:
+        """`float`: AdamW's learning rate after the warm-up: `base_learning_rate * batch_size / 256`."""
+        return self.base_learning_rate * self.batch_size / 256
 
 
 @dataclass
