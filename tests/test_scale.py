@@ -242,9 +242,9 @@ def test_a_signal_saves_and_says_how_to_go_on(unbroken: Path, tmp_path: Path, ev
     assert train(tmp_path, events={"29": event}, num_workers=1) == code, output(tmp_path)
     assert checkpoints(tmp_path) == ["step-00000006", "step-00000008"]
     folder = tmp_path / "checkpoints/step-00000008"
-    assert f"Stopped by a signal. The same command goes on from {folder}." in output(tmp_path)
+    assert f"Stopped by a signal. The same command resumes from {folder}." in output(tmp_path)
     assert train(tmp_path, num_workers=1) == 0, output(tmp_path)
-    assert f"Going on from {folder}: step 8, epoch 2." in output(tmp_path)
+    assert f"Resuming from {folder}: step 8, epoch 2." in output(tmp_path)
     assert_same_weights(tmp_path, unbroken)
 
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken: Path, tmp_path: Pat
     source = str(unbroken / "checkpoints/step-00000020")
     assert train(tmp_path, resume=source, base_learning_rate=3.2e-2, ema_warmup=False, seed=1, eval_every=1) == 1
     differences = "base_learning_rate was 0.016, is 0.032; ema_warmup was True, is False; seed was 0, is 1"
-    assert f"other settings: {differences}. Go on with those" in output(tmp_path)
+    assert f"other settings: {differences}. Use the same settings" in output(tmp_path)
     assert train(tmp_path, resume=str(unbroken)) == 1
     assert f"`resume` must be 'auto', 'none' or a checkpoint's folder, got '{unbroken}'" in output(tmp_path)
 

@@ -110,7 +110,9 @@ def test_resuming_in_mid_epoch_goes_on_exactly(rows, workers, taken):
 def test_a_position_belongs_to_its_readers(rows):
     state = make_loader(rows, process=0, processes=2).dataset.state_dict()
     for other in ({"process": 1, "processes": 2}, {"workers": 2, "processes": 2}, {"processes": 2, "seed": 5}):
-        with pytest.raises(ValueError, match="position belongs to its readers: it was kept for .*'num_processes': 2"):
+        with pytest.raises(
+            ValueError, match="only valid for the same readers: it was saved with .*'num_processes': 2"
+        ):
             make_loader(rows, **other).dataset.load_state_dict(state)
 
 
@@ -188,7 +190,9 @@ def test_broken_data_stop_the_run_when_asked_or_when_nothing_is_left(tmp_path):
     rows = open_caption_shards(CaptionDataRecipe("webdataset", **fields))
     with pytest.raises(ValueError, match="train-00000"):
         read_ids(make_loader(rows, on_bad_example="raise"))
-    with pytest.raises(ValueError, match="Process 0 has not one batch of 50 good examples a worker. 4 problems: "):
+    with pytest.raises(
+        ValueError, match="Process 0 cannot fill one batch of 50 valid examples per worker. 4 problems: "
+    ):
         read_ids(make_loader(rows, batch_size=50))
 
 
