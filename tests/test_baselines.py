@@ -177,7 +177,7 @@ def test_nearest_captions() -> None:
     train = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]]).half()
     queries = torch.tensor([[[0.2, 9.0], [0.0, 9.0]], [[5.0, 1.0], [5.0, -1.0]], [[-2.0, 0.5], [-2.0, 0.5]]])
     assert nearest_captions(queries, train, ["east", "north", "west"], batch_size=2) == ["north", "east", "west"]
-    with pytest.raises(ValueError, match="must be as many, got 3 and 1"):
+    with pytest.raises(ValueError, match="must have the same length, got 3 and 1"):
         nearest_captions(queries, train, ["east"])
 
 
@@ -213,8 +213,8 @@ def test_script_compares_with_both(tmp_path: Path) -> None:
     folder = tmp_path / "outputs/emoji"
     runs = {path.parent.name for path in folder.glob("*/result.json")}
     assert runs == {"tdd-seed3", "tdd-seed4", "ar-seed3", "ar-seed4", "nearest-seed3"}
-    (floor,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
-    assert (floor["split"], floor["exact_match"], floor["fluent"]) == ("validation", 1, 1)  # each finds itself
+    (nearest,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
+    assert (nearest["split"], nearest["exact_match"], nearest["fluent"]) == ("validation", 1, 1)  # each finds itself
     (entry,) = json.loads((folder / "ar-seed4/result.json").read_text())["scores"]
     assert "num_inference_steps" not in entry and 0 <= entry["token_f1"] <= 1
     assert isinstance(AutoregressiveCaptioner.from_pretrained(folder / "ar-seed4"), AutoregressiveCaptioner)

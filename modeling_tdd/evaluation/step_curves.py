@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Quality against the number of denoising steps: result files side by side, as a table and as a plot."""
+"""Scores by the number of denoising steps: the results of several runs as a table and as a plot."""
 
 import json
 import math
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 WEIGHTINGS = ("input_weighting", "loss_weighting")
 METRICS = ("top1", "exact_match", "token_f1", "stutter", "fluent")
 PLOTTED = {"top1": "top-1, %", "exact_match": "exact match, %", "token_f1": "token F1, %"}
-# Okabe and Ito's colours, told apart by readers with any colour vision, less black and the yellow, too pale for lines.
+# Okabe and Ito's colours, which readers with any colour vision can distinguish. Black is left out, and so is yellow,
+# which is too pale for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#666666"
@@ -83,7 +84,7 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
         # The recipe leaves defaults out, and they may have changed since.
         denoises = any("num_inference_steps" in entry for entry in result["scores"])
         config = json.loads((folder / "config.json").read_text()) if denoises else {}
-        config = {"input_weighting": "visibility", **config}  # what there was before the field had its name
+        config = {"input_weighting": "visibility", **config}  # how it was before the field existed
         result["noise_schedule"] = config.get("noise_schedule")
         for name in WEIGHTINGS:
             result[name] = config.get(name) if result["method"] == "tdd" else None
@@ -109,7 +110,7 @@ def metrics_of(results: list[dict[str, Any]]) -> list[str]:
 
 
 def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> dict[Line, Scores]:
-    """A metric's scores on a split, by line and number of steps."""
+    """The scores of a metric on a split, by line and number of steps."""
     lines: dict[Line, Scores] = {}
     for result in results:
         for entry in (entry for entry in result["scores"] if entry["split"] == split):
@@ -227,5 +228,5 @@ def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """In percent; the deviation of a single value is 0."""
+    """Mean and standard deviation in percent. The deviation of a single value is 0."""
     return 100 * statistics.fmean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0

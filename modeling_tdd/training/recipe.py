@@ -330,7 +330,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
     if recipe_task not in RECIPES:
         raise ValueError(f"`task` of {path} must be one of {', '.join(RECIPES)}, got {recipe_task!r}.")
     if task is not None and recipe_task != task:
-        raise ValueError(f"{path} is a recipe for {recipe_task}, but one for {task} is needed.")
+        raise ValueError(f"{path} is a recipe for {recipe_task}; one for {task} is needed.")
     recipe_class = RECIPES[recipe_task]
     _check_keys("recipe", tree, [f.name for f in fields(recipe_class) if f.name != "name"])
     for section in fields(recipe_class):

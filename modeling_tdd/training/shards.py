@@ -155,7 +155,7 @@ def _readable_features(recipe: DataRecipe | CaptionDataRecipe) -> Features | Non
             return one.as_streaming_dataset("train").features
         except Exception as error:  # broken archives raise errors of many types
             errors.append(f"{file}: {type(error).__name__}: {error}")
-    raise ValueError(name_problems(errors, "of as many shards are broken"))
+    raise ValueError(name_problems(errors, f"of {len(errors)} shards are broken"))
 
 
 def unbroken_rows(
