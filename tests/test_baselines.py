@@ -224,7 +224,7 @@ def test_script_compares_with_both(tmp_path: Path) -> None:
     assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
 
     done = run_script("train_captioning.py", tmp_path, *arguments, "--set", *settings, "encoder=null")
-    assert "ValueError: `nearest` needs features of a pretrained encoder" in done.stderr
+    assert "ValueError: `nearest` needs features of a pretrained encoder for all images" in done.stderr
 
 
 # ---- The plot and its table

@@ -193,7 +193,7 @@ def test_script_measures_and_prints_its_formula(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "digits.yaml"), "--measure"])
     runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
     output = capsys.readouterr().out
-    assert "| encoder, an image" in output and "measured now" in output
+    assert "| encoder, per image" in output and "measured now" in output
     assert "epoch = 22 steps x step = " in output and "training = 50 epochs = " in output
     step, images = re.search(r"= ([\d.e-]+) s for (\d+) images", output).groups()
     assert int(images) == 64 and 1e-4 < float(step) < 60

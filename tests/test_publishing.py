@@ -161,7 +161,7 @@ def recipe() -> dict[str, Any]:
 
 @pytest.fixture
 def run_folder(make_captioner: Callable[..., TDDForCaptioning], recipe: dict[str, Any], tmp_path: Path) -> Path:
-    """A captioner's run folder with two more seeds and the rival's beside it."""
+    """A captioner's run folder, with those of two other seeds and of the baseline beside it."""
     folder = tmp_path / "emoji/tdd-seed0"
     make_captioner(vocab_size=len(WORDS)).save_pretrained(folder)
     TDDProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), make_tokenizer()).save_pretrained(folder)

@@ -1,6 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Shows the denoising of a caption: the caption at each step (Fig. 9), and the likeliest tokens of each place (Fig.
-10)."""
+"""Shows the denoising of a caption: the caption at each step (Fig. 9), and each place's likeliest tokens (Fig. 10)."""
 
 import math
 from collections.abc import Callable
