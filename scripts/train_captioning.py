@@ -130,7 +130,7 @@ def make_examples(
 def caption_split(
     accelerator: Accelerator, model: Captioner, processor: TDDProcessor, loader: DataLoader, **settings: Any
 ) -> list[str]:
-    """Captions of a split, in its order, from all processes together."""
+    """The captions of a split in its order, gathered from all processes."""
     model.eval()
     captions: list[str] = []
     for batch in loader:

@@ -48,8 +48,8 @@ def trainable(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 @pytest.mark.parametrize("width, layers", [(128, 2), (192, 3)])
-def test_of_tdds_size(width: int, layers: int, tie_word_embeddings: bool) -> None:
-    """At the sizes of the emoji comparisons: at most TDD's parameters, and at least nine tenths of them."""
+def test_size_is_close_to_that_of_tdd(width: int, layers: int, tie_word_embeddings: bool) -> None:
+    """At the sizes of the emoji comparisons it has between nine tenths and all of TDD's number of parameters."""
     fields = {
         "vision_config": ViTConfig(image_size=16, patch_size=8, hidden_size=256, num_attention_heads=4),
         "vocab_size": 1748,
@@ -106,7 +106,9 @@ def test_generate_is_greedy_and_padded(
     assert sequences[0].tolist() == tokens + [PAD] * (8 - len(tokens))
     features = model.model.get_image_features(pixel_values).pooler_output
     torch.testing.assert_close(model.generate(image_features=features), sequences)
-    torch.testing.assert_close(model.generate(pixel_values[2:3])[0], sequences[2])  # whatever the rest of its batch
+    torch.testing.assert_close(
+        model.generate(pixel_values[2:3])[0], sequences[2]
+    )  # independent of the rest of the batch
     # Where every caption ends at once, the rest of the places is padding.
     with torch.no_grad():
         model.decoder.lm_head.weight.zero_()
@@ -186,7 +188,7 @@ def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def test_script_compares_with_both(tmp_path: Path) -> None:
+def test_script_compares_with_both_baselines(tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     config = ViTConfig(
         image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
@@ -234,7 +236,7 @@ SPLITS = ("validation", "test_combo")
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Runs of made-up scores, in the files that scripts/train_captioning.py writes."""
+    """Folders of runs with made-up scores, in the format of scripts/train_captioning.py."""
     made = []
     for method, schedule in (("tdd", "calibrated"), ("tdd", "cosine"), ("mdd", "cosine"), ("ar", ""), ("nearest", "")):
         for seed in (0,) if method == "nearest" else (0, 1, 2):
@@ -272,7 +274,7 @@ def test_scores_are_gathered_over_seeds(folders: list[Path]) -> None:
     assert len(table) == 2 + 5 * 4
 
 
-def test_runs_that_are_no_seeds_of_one_another_are_refused(folders: list[Path], tmp_path: Path) -> None:
+def test_runs_with_the_same_seed_and_settings_are_refused(folders: list[Path], tmp_path: Path) -> None:
     longer = tmp_path / "longer/tdd-seed0"
     longer.parent.mkdir()
     folders[0].rename(longer)

@@ -129,7 +129,7 @@ def author(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def stranger(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Somebody without the package."""
+    """A user without the package."""
     client = Client(hub.url, tmp_path_factory.mktemp("stranger"), blocked=("modeling_tdd",))
     yield client
     client.close()
@@ -188,13 +188,13 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
     assert rows[0] == ["method", "schedule", "guidance", "metric", "1 step", "10 steps", "10 less 1"]
     assert ["tdd", "projected", "1", "token_f1", "42.00 ± 2.00", "52.00 ± 2.00", "10.00 ± 0.00"] in rows
     assert ["mdd", "projected", "1", "token_f1", "38.00", "48.00", "10.00"] in rows
-    # The metadata tells of the published weights, not of the mean
+    # The metadata holds the scores of the published weights, not the mean.
     published = eval_results(results[0], "image-text-to-text", "emoji_mini", num_steps=10)
     values = {(entry.dataset_split, entry.metric_type): entry.metric_value for entry in published}
     assert values["validation", "f1"] == 50.0 and len(values) == 4
 
 
-def test_runs_that_do_not_compare_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
+def test_runs_with_different_recipes_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
     recipe["training"]["epochs"] = 1
     write_result(run_folder.with_name("tdd-seed3"), "tdd", 3, 0.9, recipe)
     with pytest.raises(ValueError, match="tdd-seed3 was trained by another recipe"):
@@ -255,7 +255,7 @@ def test_model_cards(path: Path, author: Client) -> None:
         assert "model-index" in text and (path.parent / plot).exists()
     else:
         assert "No weights are published yet" in text and "the paper's, not ours" in text
-        assert "model-index" not in text  # no figure of ours
+        assert "model-index" not in text  # it has no results of ours
 
 
 def test_an_invalid_card_is_refused(author: Client, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def assert_same_captions(pulled: dict[str, torch.Tensor], folder: Path, image_fi
     assert torch.equal(pulled["sequences"], expected.sequences) and torch.equal(pulled["scores"], expected.scores)
 
 
-def test_published_checkpoint_says_the_same_and_a_failed_upload_leaves_it(
+def test_published_checkpoint_gives_the_same_captions_and_a_failed_upload_leaves_it(
     run_folder: Path, image_file: Path, hub: HubServer, author: Client, stranger: Client
 ) -> None:
     arguments = (PUBLISH, run_folder, "--repo-id", "user/captioner")

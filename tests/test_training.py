@@ -98,7 +98,7 @@ def test_overrides_change_nested_values():
     changes = ["training.epochs=5", "training.base_learning_rate=1e-4", "model.vision_config.num_hidden_layers=1"]
     recipe = load_recipe(SCRIPT[1], changes)
     assert recipe.training.epochs == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
-    assert recipe.training.base_learning_rate == 1e-4  # a number, which it is not to YAML 1.1
+    assert recipe.training.base_learning_rate == 1e-4  # YAML 1.1 would read a string
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_recipe_changes_its_base_key_by_key(tmp_path):
     }
 
 
-def test_bases_that_are_missing_or_go_round_are_named(tmp_path):
+def test_missing_and_circular_bases_are_named(tmp_path):
     (tmp_path / "one.yaml").write_text("base: two.yaml")
     with pytest.raises(ValueError, match="There is no recipe .*two.yaml, the base of .*one.yaml"):
         load_recipe(tmp_path / "one.yaml")
@@ -165,7 +165,7 @@ def test_bases_that_are_missing_or_go_round_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("model", [{}, {"corruption": "gaussian"}, {"corruption": "mask"}])
-def test_the_method_is_the_recipes(model):
+def test_the_method_follows_from_the_recipe(model):
     assert recipe_method(model) == ("mdd" if model.get("corruption") == "mask" else "tdd")
     with pytest.raises(ValueError, match="`model.corruption` must be one of gaussian, mask, got 'blur'"):
         recipe_method({**model, "corruption": "blur"})
@@ -174,7 +174,7 @@ def test_the_method_is_the_recipes(model):
 # ---- Data
 
 
-def test_digits_are_split_evenly_and_apart():
+def test_digits_are_split_evenly_by_class():
     train, held_out, names = load_classification_data(DataRecipe(path="digits"))
     assert (len(train), len(held_out), names) == (1437, 360, [str(digit) for digit in range(10)])
     counts = torch.bincount(torch.tensor(held_out["label"]))
@@ -275,7 +275,7 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, make_model, processor):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_results_are_written_whole_and_spread_is_the_standard_deviation(tmp_path):
+def test_results_are_written_and_spread_is_the_standard_deviation(tmp_path):
     write_json(tmp_path / "deep/result.json", {"top1": 0.5})
     assert json.loads((tmp_path / "deep/result.json").read_text()) == {"top1": 0.5}
     assert mean_and_spread([0.97, 0.98, 0.99]) == "98.00 ± 1.00"
@@ -318,5 +318,5 @@ def test_script_runs_in_two_processes(tmp_path):
     output = run_script("--set", *settings, launcher=launcher, cwd=tmp_path)
     assert "2 process(es) on cpu, precision no: batch size 64 = 32 x 2 x 1" in output
     result = json.loads((tmp_path / "outputs/digits/tdd-seed0/result.json").read_text())
-    # Accuracy over all 360 held-out images, each counted once, whatever share a process saw
+    # The accuracy is over all 360 held-out images, each counted once, however they are shared between processes.
     assert (result["accuracy"][0]["top1"] * 360) % 1 == pytest.approx(0, abs=1e-9)
