@@ -239,6 +239,13 @@ def test_card_of_a_classifier(
     assert "batch size 64, learning rate 0.001, weight decay 0.05" in card.text
     assert "It knows 5 labels" in card.text and "Scores in %, one seed." in card.text
 
+    # A result from before there was `base_learning_rate`
+    del recipe["training"]["base_learning_rate"]
+    recipe["training"]["learning_rate"] = 0.25
+    (folder / "result.json").write_text(json.dumps(result))
+    code, output = author.run(PUBLISH, folder, "--dry-run")
+    assert code == 0 and "learning rate 0.25, weight" in ModelCard.load(folder / "README.md").text, output
+
 
 SHIPPED = ("digits", "emoji_captions")
 
