@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from torch.utils.data.sampler import BatchSampler
 
-from modeling_tdd.modeling_tdd import sum_by_timestep
+from modeling_tdd.loss_tdd import sum_by_timestep
 from modeling_tdd.training.seeding import EpochSampler, SeededDataset
 
 
@@ -77,19 +77,10 @@ def train(folder: Path, **options: Any) -> int:
     return finish(start(folder, **options))[0]
 
 
-def train_in_two_processes(folder: Path, fsdp: bool = False, **options: Any) -> list[int]:
+def train_in_two_processes(folder: Path, **options: Any) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment = {"MASTER_PORT": str(free.getsockname()[1])}
-    if fsdp:
-        environment |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        }
     return finish(*(start(folder, rank=rank, environment=dict(environment), **options) for rank in range(2)))
 
 
@@ -162,7 +153,7 @@ def test_what_a_batch_draws_depends_only_on_its_place():
 def test_losses_are_summed_by_tenths_of_the_timesteps():
     losses = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
     weight = torch.tensor([[1.0, 0.5], [2.0, 0.0]])
-    sums = sum_by_timestep(losses, weight, torch.tensor([1, 20]), num_timesteps=20)
+    sums = sum_by_timestep(losses, weight, torch.tensor([[1, 1], [20, 20]]), num_timesteps=20)
     assert sums[0].tolist() == [2.0, 1.5] and sums[9].tolist() == [8.0, 2.0] and sums.sum() == 13.5
     sums = sum_by_timestep(losses, weight, torch.tensor([[1, 2], [3, 20]]), num_timesteps=20)
     assert sums[0].tolist() == [2.0, 1.5] and sums[1].tolist() == [8.0, 2.0] and sums[9].tolist() == [0.0, 0.0]

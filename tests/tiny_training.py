@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import ViTConfig
 
@@ -142,6 +145,18 @@ def evaluate(model: nn.Module) -> float:
     return (logits.argmax(-1) == images.labels).float().mean().item()
 
 
+def use_fsdp(accelerator: Accelerator) -> None:
+    """FSDP2 in processes on the CPU, for which Accelerate has plain DDP alone: what its `state` holds on GPUs."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
 def run(folder: Path, **options: Any) -> None:
     """Trains, and writes the averaged final weights to `ema.safetensors`."""
     torch.set_num_threads(1)
@@ -160,8 +175,11 @@ def run(folder: Path, **options: Any) -> None:
         "eval_every": 2,
         "trackers": [],
     }
+    fsdp = options.pop("fsdp", False)
     recipe = TrainingRecipe(**{**fields, **options})
     accelerator = make_accelerator(recipe, folder)
+    if fsdp:
+        use_fsdp(accelerator)
     if stream is None:
         loader = make_loader(accelerator, recipe, Images(), collate, shuffle=True, seed=seed)
     else:
@@ -171,6 +189,7 @@ def run(folder: Path, **options: Any) -> None:
     if events is not None:
         model = Disturbed(model, events, accelerator.process_index)
     ema = train(accelerator, recipe, model, loader, evaluate, "tiny", seed, resume, steps_per_epoch)
+    assert all(isinstance(parameter, DTensor) == fsdp for parameter in model.parameters())
     if accelerator.is_main_process:
         save_model(ema, str(folder / "ema.safetensors"))
     accelerator.wait_for_everyone()

@@ -17,7 +17,6 @@ from datasets import Dataset
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -157,9 +156,6 @@ def prepare_training(
         optimizer, round(recipe.warmup_epochs * steps_per_epoch), steps_per_epoch * recipe.epochs
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    if isinstance(model, FSDPModule) and isinstance(embedding := model.get_input_embeddings(), FSDPModule):
-        # FSDP gathers the weights of a module when it is called, but the embedding is read as the matrix W.
-        model.register_forward_pre_hook(lambda *_: embedding.unshard())
     return TrainingState(accelerator, model, optimizer, scheduler, ema, seed, Progress())
 
 
