@@ -185,13 +185,6 @@ class TDDConfig(PreTrainedConfig):
     sampling_strategy: str = "argmax"
     num_noise_samples: int = 1
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        # SigLIP's attention-pooling head reads what we read, and nothing reads it: it would be dead weight, and
-        # parameters without gradients stop distributed training.
-        if getattr(self.vision_config, "vision_use_head", False):
-            self.vision_config.vision_use_head = False
-
     @property
     def num_categories(self) -> int:
         """`int`: K, the number of categories of a token."""

@@ -2,8 +2,8 @@
 """The image encoder: any vision model of Transformers or timm, described by measurement and not by its name.
 
 One dry run of a second copy of the encoder says how wide its tokens are, which of them are patches, and which of its
-parameters nothing reads. The copy is on the meta device, where tensors have shapes and gradients but no values, so that
-a run costs a fraction of a second and no memory, also while `from_pretrained` builds the model.
+parameters nothing reads. The copy is on the meta device, where tensors have shapes and gradients but no values, so a
+run costs a fraction of a second and no memory, also while `from_pretrained` builds the model.
 """
 
 import copy
@@ -88,7 +88,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(batch_size, rows * columns, dtype=torch.long, device=patches.device),
-        # The encoder checks these values: on the CPU it need not wait for a GPU, and there are values on no meta device
+        # On the CPU: the encoder reads these values, so a GPU would have to wait, and the meta device has none
         "spatial_shapes": torch.tensor([[rows, columns]], device="cpu").expand(batch_size, 2),
     }
 
@@ -133,30 +133,42 @@ def pool_tokens(tokens: Tensor, pooling: str | None, layout: EncoderLayout) -> T
 
 def build_encoder(vision_config: PreTrainedConfig, pooling: str | None) -> tuple[PreTrainedModel, EncoderLayout]:
     r"""
-    An encoder with new weights, without the parts that `pool_tokens` does not read, and its layout.
+    An encoder with new weights, without the parts that its tokens do not depend on, and its layout.
 
     A parameter that nothing reads gets no gradient, which stops distributed training, and makes checkpoints larger.
     Poolers and heads behind the last layer are removed (an attribute that may be `None` becomes `None`, another one a
-    [`RemovedModule`]). Other unread parameters, such as a mask token, stay and do not require a gradient.
+    [`RemovedModule`]). Other unread parameters, such as a mask token, stay: see
+    [`freeze_unread`].
 
     Args:
         vision_config ([`PreTrainedConfig`]): The encoder's configuration; it is not changed.
         pooling (`str`, *optional*): `"cls"`, `"mean"` or `None`, as in [`pool_tokens`].
 
     Raises:
-        `ValueError`: if the configuration has no vision model of one tower, if the encoder cannot read images of shape
-            (batch_size, num_channels, height, width) or does not return one token or one map position per patch, if it
-            draws random numbers in eval mode (a masked autoencoder), or if `pooling="cls"` and it has no special token
-            in front of its patch tokens.
+        `ValueError`: if the configuration is not that of a vision model of one tower, if the encoder cannot read
+            images of shape (batch_size, num_channels, height, width) or returns neither tokens nor a map, if it draws
+            random numbers in eval mode (a masked autoencoder), or if `pooling="cls"` and it has no special token in
+            front of its patch tokens.
     """
-    probe = measure_encoder(vision_config, pooling)
+    probe = measure_encoder(vision_config)
+    if pooling == "cls" and probe.layout.num_leading_tokens == 0:
+        raise ValueError(
+            f"`pooling='cls'` needs an encoder with a class token, and `{vision_config.model_type}` has none in front "
+            "of its patch tokens. Use `pooling='mean'`, or `None` for all tokens."
+        )
     encoder = AutoModel.from_config(vision_config)
     for name, may_be_none in probe.removed.items():
         _replace(encoder, name, None if may_be_none else RemovedModule())
-    for name, parameter in encoder.named_parameters():
-        if name in probe.unread:
-            parameter.requires_grad_(False)
     return encoder, probe.layout
+
+
+def freeze_unread(encoder: nn.Module, vision_config: PreTrainedConfig) -> None:
+    """The parameters that nothing reads, such as a mask token, do not require a gradient. Transformers'
+    `from_pretrained` makes all that it loads require one."""
+    unread = measure_encoder(vision_config).unread
+    for name, parameter in encoder.named_parameters():
+        if name in unread:
+            parameter.requires_grad_(False)
 
 
 class EncoderProbe(NamedTuple):
@@ -174,21 +186,33 @@ class EncoderProbe(NamedTuple):
     removed: dict[str, bool]
 
 
-def measure_encoder(vision_config: PreTrainedConfig, pooling: str | None) -> EncoderProbe:
+# A probe depends on the configuration alone, so what is kept of one cannot become wrong.
+_PROBES: dict[tuple[type, str], EncoderProbe] = {}
+
+
+def measure_encoder(vision_config: PreTrainedConfig) -> EncoderProbe:
     """Builds a copy of the encoder on the meta device and runs it forwards and backwards once; it raises what
-    [`build_encoder`] does. If the encoder needs values in its forward pass, a copy on the CPU is run instead."""
+    [`build_encoder`] does. If the encoder needs values in its forward pass, a copy on the CPU is run instead. A second
+    call with the same configuration returns the same result at no cost."""
+    key = (type(vision_config), vision_config.to_json_string(use_diff=False))
+    if key not in _PROBES:
+        _PROBES[key] = _measure(vision_config)
+    return _PROBES[key]
+
+
+def _measure(vision_config: PreTrainedConfig) -> EncoderProbe:
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(f"`AutoModel` has no model for `vision_config`, which is a {type(vision_config).__name__}.")
     try:
-        return _measure_on("meta", vision_config, pooling)
+        return _measure_on("meta", vision_config)
     except _CannotRun:
         pass  # also for an encoder that cannot run anywhere: only the CPU's error is about the encoder
     try:
-        return _measure_on("cpu", vision_config, pooling)
+        return _measure_on("cpu", vision_config)
     except _CannotRun as error:
         cause = error.__cause__
         raise ValueError(
-            f"`vision_config` must be that of an image encoder, which reads `pixel_values` of shape (batch_size, "
+            "`vision_config` must be that of an image encoder, which reads `pixel_values` of shape (batch_size, "
             f"num_channels, height, width). `{vision_config.model_type}` failed with {type(cause).__name__}: {cause}"
         ) from cause
 
@@ -227,7 +251,7 @@ class _Run(NamedTuple):
 
 
 @torch.enable_grad()
-def _measure_on(device: str, vision_config: PreTrainedConfig, pooling: str | None) -> EncoderProbe:
+def _measure_on(device: str, vision_config: PreTrainedConfig) -> EncoderProbe:
     # Eager attention runs on every device. `from_config` writes to the configuration that it is given.
     vision_config = copy.deepcopy(vision_config)
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -239,18 +263,12 @@ def _measure_on(device: str, vision_config: PreTrainedConfig, pooling: str | Non
         if run.recorder.random_operations:
             raise ValueError(
                 f"`{name}` draws random numbers in eval mode ({', '.join(sorted(set(run.recorder.random_operations)))}"
-                "), as a masked autoencoder does, so an image would have no features of its own. Load its weights into "
-                "an encoder that does not mask, such as a `ViTConfig`'s in place of a `ViTMAEConfig`'s."
+                "), as a masked autoencoder does, so an image would have no features of its own. Use an encoder that "
+                "does not mask. `ViTModel.from_pretrained` reads the weights of a `ViTMAEModel`: save that model."
             )
         layout = _find_layout(encoder, unknown, image_size, run, name)
-        if pooling == "cls" and layout.num_leading_tokens == 0:
-            raise ValueError(
-                f"`pooling='cls'` needs an encoder with a class token, and `{name}` has none in front of its patch "
-                "tokens. Use `pooling='mean'`, or `None` for all tokens."
-            )
-        features = pool_tokens(as_tokens(run.hidden_states, layout), pooling, layout)
         parameters = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
-        gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(run.hidden_states.sum(), list(parameters.values()), allow_unused=True)
         unread = frozenset(name for name, gradient in zip(parameters, gradients) if gradient is None)
         removed = {}
         for name in list(_unread_modules(encoder, unread, run.calls)):
@@ -427,6 +445,7 @@ __all__ = [
     "as_tokens",
     "build_encoder",
     "flatten_patches",
+    "freeze_unread",
     "measure_encoder",
     "pool_tokens",
     "run_encoder",

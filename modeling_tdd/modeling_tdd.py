@@ -39,7 +39,7 @@ from .diffusion_tdd import (
     visibility,
     with_mistakes,
 )
-from .encoder_tdd import as_tokens, build_encoder, pool_tokens, run_encoder
+from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
 
 
@@ -333,6 +333,17 @@ class TDDPreTrainedModel(PreTrainedModel):
                     init.normal_(parameter, std=self.config.initializer_range)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TDDPreTrainedModel":
+        """As in Transformers, which makes all weights that it loads require a gradient: the encoder's that need none
+        do not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        for module in model.modules():
+            if isinstance(module, TDDModel):
+                module.freeze()
+        return loaded
+
+    @classmethod
     def from_encoder_pretrained(
         cls, encoder_name_or_path: str, *, encoder_kwargs: dict[str, Any] | None = None, **config_kwargs: Any
     ) -> "TDDPreTrainedModel":
@@ -546,11 +557,17 @@ class TDDModel(TDDPreTrainedModel):
         self.encoder, self.encoder_layout = build_encoder(config.vision_config, config.pooling)
         self.encoder_hidden_size = self.encoder_layout.hidden_size
         self.num_special_tokens = self.encoder_layout.num_special_tokens
-        if config.freeze_encoder:
-            self.encoder.requires_grad_(False)
+        self.freeze()
         self.connector = TDDConnector(config, self.encoder_hidden_size) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
         self.post_init()
+
+    def freeze(self) -> None:
+        """Lets some of the encoder's weights require no gradient: all of them with `config.freeze_encoder`, otherwise
+        those that nothing reads, which would stop distributed training."""
+        freeze_unread(self.encoder, self.config.vision_config)
+        if self.config.freeze_encoder:
+            self.encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TDDModel":
         super().train(mode)
