@@ -60,7 +60,7 @@ class RemovedModule(nn.Module):
 # ---- Running an encoder
 
 
-def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
+def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor | None]:
     r"""
     The inputs of an encoder that takes flattened patches (NaFlex), from ordinary images.
 
@@ -70,7 +70,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
 
     Returns:
         `dict`: `pixel_values` of shape `(batch_size, num_patches, patch_size * patch_size * num_channels)`, with the
-        channels of a pixel together; `pixel_attention_mask` of shape `(batch_size, num_patches)`, int64, all ones;
+        channels of a pixel together; `pixel_attention_mask`, which is `None`, since there are no padding patches;
         `spatial_shapes` of shape `(batch_size, 2)`, int64 on the CPU: rows and columns of patches.
 
     Raises:
@@ -87,7 +87,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
     patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch_size, rows * columns, -1)
     return {
         "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(batch_size, rows * columns, dtype=torch.long, device=patches.device),
+        "pixel_attention_mask": None,
         # On the CPU: the encoder reads these values, so a GPU would have to wait, and the meta device has none
         "spatial_shapes": torch.tensor([[rows, columns]], device="cpu").expand(batch_size, 2),
     }
@@ -252,10 +252,12 @@ class _Run(NamedTuple):
 
 @torch.enable_grad()
 def _measure_on(device: str, vision_config: PreTrainedConfig) -> EncoderProbe:
-    # Eager attention runs on every device. `from_config` writes to the configuration that it is given.
-    vision_config = copy.deepcopy(vision_config)
+    # `from_config` writes to the configuration that it is given
+    vision_config, model_class = copy.deepcopy(vision_config), MODEL_MAPPING[type(vision_config)]
+    # The attention that is configured may need a GPU
+    has_sdpa = getattr(model_class, "_supports_sdpa", False)
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        encoder = AutoModel.from_config(vision_config, attn_implementation="eager").eval()
+        encoder = AutoModel.from_config(vision_config, attn_implementation="sdpa" if has_sdpa else "eager").eval()
         num_channels, patch_size = _num_channels(vision_config), _flattened_patch_size(encoder)
         unknown = EncoderLayout(0, num_channels, 0, 0, False, patch_size)
         image_size, run = _run_at_first_possible_size(encoder, unknown)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from modeling_tdd import TDDConfig, TDDForImageClassification, TDDModel
-from modeling_tdd.encoder_tdd import RemovedModule, build_encoder, flatten_patches, measure_encoder
+from modeling_tdd.encoder_tdd import RemovedModule, _measure_on, build_encoder, flatten_patches, measure_encoder
 
 
 MakeConfig = Callable[..., TDDConfig]
@@ -329,6 +329,11 @@ def test_unread_weights_need_no_gradient(make_config: MakeConfig, encoder: Encod
     assert bool(frozen) == (encoder.config.lower().startswith("dino") and "convnext" not in encoder.config.lower())
 
 
+def test_no_encoder_needs_a_real_copy(encoder: Encoder) -> None:
+    """The meta device is enough for all of them."""
+    assert _measure_on("meta", encoder.make()) == measure_encoder(encoder.make())
+
+
 def test_building_does_not_change_the_configuration() -> None:
     config = ENCODERS["siglip"].make()
     before = config.to_dict()
@@ -369,8 +374,7 @@ def test_flattened_patches_are_those_of_siglip2s_image_processor() -> None:
     inputs = flatten_patches(images, 8)
     expected = torch.stack([convert_image_to_patches(image, 8) for image in images])
     assert torch.equal(inputs["pixel_values"], expected)
-    assert inputs["pixel_attention_mask"].shape == (2, 6) and inputs["pixel_attention_mask"].all()
-    assert inputs["spatial_shapes"].tolist() == [[2, 3], [2, 3]]
+    assert inputs["pixel_attention_mask"] is None and inputs["spatial_shapes"].tolist() == [[2, 3], [2, 3]]
     with pytest.raises(ValueError, match="multiples of the encoder's patch size 8, got 16 x 20"):
         flatten_patches(torch.zeros(1, 3, 16, 20), 8)
 
