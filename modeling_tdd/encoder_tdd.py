@@ -252,12 +252,11 @@ class _Run(NamedTuple):
 
 @torch.enable_grad()
 def _measure_on(device: str, vision_config: PreTrainedConfig) -> EncoderProbe:
-    # `from_config` writes to the configuration that it is given
-    vision_config, model_class = copy.deepcopy(vision_config), MODEL_MAPPING[type(vision_config)]
-    # The attention that is configured may need a GPU
-    has_sdpa = getattr(model_class, "_supports_sdpa", False)
+    vision_config = copy.deepcopy(vision_config)  # `from_config` writes to it
+    if vision_config._attn_implementation not in (None, "eager", "sdpa"):
+        vision_config._attn_implementation = "eager"  # the others need a GPU
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        encoder = AutoModel.from_config(vision_config, attn_implementation="sdpa" if has_sdpa else "eager").eval()
+        encoder = AutoModel.from_config(vision_config).eval()
         num_channels, patch_size = _num_channels(vision_config), _flattened_patch_size(encoder)
         unknown = EncoderLayout(0, num_channels, 0, 0, False, patch_size)
         image_size, run = _run_at_first_possible_size(encoder, unknown)
@@ -363,16 +362,18 @@ def _find_layout(
     first convolution's, or the largest halving of it that leaves no more patches than there are tokens."""
     shape = () if run.hidden_states is None else run.hidden_states.shape
     grids = _halved(run.grid)
-    if len(shape) == 3:
-        num_patches = max((h * w for h, w in grids if h * w <= shape[1]), default=shape[1])
+
+    def is_grid(rows: int, columns: int) -> bool:
+        return (rows, columns) in grids or rows * image_size[1] == columns * image_size[0]
+
+    if len(shape) == 3 and shape[0] == PROBE_BATCH_SIZE:
+        num_patches = max((rows * columns for rows, columns in grids if rows * columns <= shape[1]), default=0)
         leading = _num_leading_tokens(run.recorder.joined_lengths, shape[1], num_patches)
-        return unknown._replace(
-            hidden_size=shape[2],
-            num_leading_tokens=leading,
-            num_trailing_tokens=shape[1] - num_patches - leading,
-        )
-    if len(shape) == 4:
-        orders = {is_last for is_last in (False, True) if tuple(shape[1:3] if is_last else shape[2:]) in grids}
+        if leading is not None:
+            trailing = shape[1] - num_patches - leading
+            return unknown._replace(hidden_size=shape[2], num_leading_tokens=leading, num_trailing_tokens=trailing)
+    if len(shape) == 4 and shape[0] == PROBE_BATCH_SIZE:
+        orders = {is_last for is_last in (False, True) if is_grid(*(shape[1:3] if is_last else shape[2:]))}
         if len(orders) == 2:  # as many channels as rows and columns: larger images have more rows, not more channels
             larger = _run(encoder, unknown, (2 * image_size[0], 2 * image_size[1])).hidden_states.shape
             orders = {larger[1] != shape[1]}
@@ -383,27 +384,29 @@ def _find_layout(
             )
     returned = f"the shape {tuple(shape)}" if shape else "none"
     raise ValueError(
-        "`vision_config` must be that of an encoder whose `last_hidden_state` has tokens of shape (batch_size, "
-        f"num_tokens, hidden_size), or a map. `{name}` returns {returned} for {PROBE_BATCH_SIZE} images of "
-        f"{image_size[0]} x {image_size[1]}."
+        "`vision_config` must be that of an encoder whose `last_hidden_state` has patch tokens of shape (batch_size, "
+        "num_tokens, hidden_size), with or without special tokens, or is a map. "
+        f"`{name}` returns {returned} for {PROBE_BATCH_SIZE} images of {image_size[0]} x {image_size[1]}."
     )
 
 
-def _num_leading_tokens(joined_lengths: list[list[int]], num_tokens: int, num_patches: int) -> int:
-    """Where the patch tokens start in the last join that made a sequence of `num_tokens`. Without one the special
-    tokens are in front."""
+def _num_leading_tokens(joined_lengths: list[list[int]], num_tokens: int, num_patches: int) -> int | None:
+    """Where the patch tokens start in the last join that made a sequence of `num_tokens`. `None` if there are other
+    tokens and no such join: then the tokens are not those of patches, but the queries of a detector, for example."""
+    if num_tokens == num_patches:
+        return 0
     for lengths in reversed(joined_lengths):
         if sum(lengths) == num_tokens and num_patches in lengths:
             last = max(index for index, length in enumerate(lengths) if length == num_patches)
             return sum(lengths[:last])
-    return num_tokens - num_patches
+    return None
 
 
 def _unread_modules(encoder: nn.Module, unread: frozenset[str], calls: list[str]) -> Iterator[str]:
     """The largest modules all of whose parameters are unread, if they run behind all that is read: then the tokens
     cannot depend on their results."""
     owners_of_read = {name.rpartition(".")[0] for name, _ in encoder.named_parameters() if name not in unread}
-    last_read = max(index for index, name in enumerate(calls) if name in owners_of_read)
+    last_read = max((index for index, name in enumerate(calls) if name in owners_of_read), default=len(calls))
 
     def walk(module: nn.Module, prefix: str) -> Iterator[str]:
         for child_name, child in module.named_children():

@@ -251,6 +251,12 @@ def test_an_image_need_not_be_square(make_config: MakeConfig) -> None:
     torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state[:, 1:-3].mean(1, keepdim=True))
 
 
+def test_a_map_of_a_fixed_size_that_no_convolution_has() -> None:
+    """Gemma 3n resizes its maps to 16 x 16, which is no halving of the 112 x 112 that it starts with."""
+    layout = measure_encoder(transformers.Gemma3nVisionConfig()).layout
+    assert (layout.hidden_size, layout.is_channels_last, layout.num_special_tokens) == (2048, False, 0)
+
+
 class MapConfig(PreTrainedConfig):
     """Of [`MapEncoder`]."""
 
@@ -422,7 +428,9 @@ REFUSED = {
     "text model": ("BertConfig", {**SIZES, "vocab_size": 50}, "must be that of an image encoder.*`bert` failed with"),
     "two towers": ("CLIPConfig", {}, "must be that of an image encoder.*`clip` failed with"),
     "no model": ("BlipVisionConfig", VIT, "`AutoModel` has no model for .* a BlipVisionConfig"),
-    "a backbone": ("HGNetV2Config", {}, "whose `last_hidden_state` has tokens.*`hgnet_v2` returns none"),
+    "a backbone": ("HGNetV2Config", {}, "whose `last_hidden_state` has patch tokens.*`hgnet_v2` returns none"),
+    "a detector": ("RfDetrConfig", {}, r"whose `last_hidden_state` has patch tokens.* the shape \(2, 300, 256\)"),
+    "joined images": ("PixtralVisionConfig", {**VIT, "head_dim": 16}, r"returns the shape \(1, 32, 32\) for 2 images"),
     "video": ("VideoMAEConfig", {**VIT, "num_frames": 2}, "must be that of an image encoder.*`videomae` failed with"),
 }
 
