@@ -137,8 +137,7 @@ def build_encoder(vision_config: PreTrainedConfig, pooling: str | None) -> tuple
 
     A parameter that nothing reads gets no gradient, which stops distributed training, and makes checkpoints larger.
     Poolers and heads behind the last layer are removed (an attribute that may be `None` becomes `None`, another one a
-    [`RemovedModule`]). Other unread parameters, such as a mask token, stay: see
-    [`freeze_unread`].
+    [`RemovedModule`]). Other unread parameters, such as a mask token, stay: see [`freeze_unread`].
 
     Args:
         vision_config ([`PreTrainedConfig`]): The encoder's configuration; it is not changed.
@@ -331,7 +330,7 @@ def _run(encoder: nn.Module, layout: EncoderLayout, image_size: tuple[int, int])
     finally:
         for hook in hooks:
             hook.remove()
-    return _Run(outputs.get("last_hidden_state"), calls, grids[0] if grids else image_size, recorder)
+    return _Run(getattr(outputs, "last_hidden_state", None), calls, grids[0] if grids else image_size, recorder)
 
 
 def _run_at_first_possible_size(encoder: nn.Module, layout: EncoderLayout) -> tuple[tuple[int, int], _Run]:
