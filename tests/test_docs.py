@@ -1,0 +1,92 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the documents: they name every field, and what they and the code refer to exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from modeling_tdd import TDDConfig
+from modeling_tdd.generation_tdd import TDDGenerationConfig
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_tdd"
+PAPER = (ROOT / "docs/paper.md").read_text()
+# Where files are that the documents name
+FOLDERS = (ROOT, PACKAGE, ROOT / "scripts/recipes")
+
+OWN_FIELDS = [name for name, kind in TDDConfig.__annotations__.items() if "ClassVar" not in str(kind)]
+
+# "decision 3", "decisions 11 and 26", "decisions 12, 13 and 15", "docs/decisions.md, 12 to 14"
+NUMBERS = r"\d+(?:(?:,\s|\sand\s|\sto\s)\d+)*"
+CITATION = re.compile(rf"(?:\bdecisions?|decisions\.md,)\s({NUMBERS})", re.IGNORECASE)
+# "`name` (`file.py`)", "`name` and `Class.name` (`folder/file.py`)"
+DEFINITION = re.compile(r"((?:`[\w.]+`(?:,\s|\sand\s)?)+)\s\(`([\w/]+\.py)`\)")
+
+
+def named_files(text: str) -> set[str]:
+    """The files in backticks: `file.py`, `folder/file.yaml`."""
+    return set(re.findall(r"`([\w/]+\.(?:py|yaml))`", text))
+
+
+def cited_decisions(text: str) -> set[int]:
+    """The numbers of the decisions that a text cites. A comment or a quotation may break a line."""
+    text = re.sub(r"\n[\s#>*]*", " ", text)
+    cited = set()
+    for numbers in CITATION.findall(text):
+        first_to_last = re.fullmatch(r"(\d+)\sto\s(\d+)", numbers)
+        if first_to_last:
+            cited |= set(range(int(first_to_last[1]), int(first_to_last[2]) + 1))
+        else:
+            cited |= {int(number) for number in re.findall(r"\d+", numbers)}
+    return cited
+
+
+def defined_names(text: str) -> list[tuple[str, str]]:
+    """Pairs of a name and the file that a text says it is in."""
+    return [(name, file) for names, file in DEFINITION.findall(text) for name in re.findall(r"`([\w.]+)`", names)]
+
+
+def texts_that_cite() -> dict[str, str]:
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.md"), *(ROOT / "scripts").rglob("*.py")]
+    files += [*(ROOT / "scripts").rglob("*.yaml"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]
+    return {str(file.relative_to(ROOT)): file.read_text() for file in [*files, ROOT / "README.md"]}
+
+
+@pytest.mark.parametrize("field", [*OWN_FIELDS, *TDDGenerationConfig._DEFAULTS])
+def test_every_field_stands_in_the_table_of_the_paper(field: str) -> None:
+    assert re.search(rf"^\| `{field}` \|", PAPER, re.MULTILINE)
+
+
+def test_every_cited_decision_has_an_entry() -> None:
+    entries = [int(number) for number in re.findall(r"^## (\d+)\. ", (ROOT / "docs/decisions.md").read_text(), re.M)]
+    assert entries == list(range(1, len(entries) + 1))
+    cited = {file: cited_decisions(text) for file, text in texts_that_cite().items()}
+    assert {file: numbers - set(entries) for file, numbers in cited.items() if numbers - set(entries)} == {}
+    assert cited["modeling_tdd/configuration_tdd.py"] >= {3, 12, 23, 24, 26}  # the search finds them
+
+
+def test_citations_are_found_in_all_forms() -> None:
+    text = (
+        'see decision 3, decisions 11 and 26;\n    """(docs/decisions.md,\n    # 12 to 14)."""  Decisions 1, 2 and 9'
+    )
+    assert cited_decisions(text) == {1, 2, 3, 9, 11, 12, 13, 14, 26}
+
+
+@pytest.mark.parametrize("document", ["paper", "design"])
+def test_every_named_file_exists(document: str) -> None:
+    files = named_files((ROOT / f"docs/{document}.md").read_text())
+    assert len(files) > 5
+    assert {file for file in files if not any((folder / file).exists() for folder in FOLDERS)} == set()
+
+
+def test_every_named_function_is_in_its_file() -> None:
+    names = defined_names(PAPER)
+    assert len(names) > 20
+    missing = []
+    for name, file in names:
+        source = next(folder / file for folder in FOLDERS if (folder / file).exists()).read_text()
+        if not re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b", source, re.MULTILINE):
+            missing.append((name, file))
+    assert missing == []
