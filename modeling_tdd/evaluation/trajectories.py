@@ -36,14 +36,14 @@ def captions_at_each_step(
 
 
 def token_trajectory(
-    candidates: Tensor, candidate_scores: Tensor, num_candidates: int = 5
+    candidates: Tensor, candidate_log_probs: Tensor, num_candidates: int = 5
 ) -> tuple[list[int], Tensor]:
     r"""
     The probabilities of the tokens that competed for one place.
 
     Args:
         candidates (`torch.LongTensor` of shape `(num_steps, k)`): The likeliest tokens at each step.
-        candidate_scores (`torch.FloatTensor` of the same shape): Their log-probabilities.
+        candidate_log_probs (`torch.FloatTensor` of the same shape): Their log-probabilities.
         num_candidates (`int`, *optional*, defaults to 5): How many to return.
 
     Returns:
@@ -53,7 +53,7 @@ def token_trajectory(
     tokens, index = candidates.unique(return_inverse=True)
     steps = torch.arange(len(candidates))[:, None]
     probabilities = torch.full((len(tokens), len(candidates)), math.nan)
-    probabilities[index, steps] = candidate_scores.exp()
+    probabilities[index, steps] = candidate_log_probs.exp()
     total = probabilities.nan_to_num(0.0).sum(dim=1)
     total[tokens == candidates[-1, 0]] = math.inf
     order = total.argsort(descending=True, stable=True)[:num_candidates]
@@ -86,7 +86,7 @@ def plot_token_trajectories(
             axes.set_visible(False)
             continue
         tokens, probabilities = token_trajectory(
-            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_scores[row, :, place].cpu()
+            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_log_probs[row, :, place].cpu()
         )
         image = axes.imshow(
             probabilities.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
