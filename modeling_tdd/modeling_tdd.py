@@ -280,6 +280,14 @@ class TDDLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
 
+class TDDTokenEmbedding(nn.Embedding):
+    """The matrix W of shape (K, d). A call without tokens returns W itself: Accelerate, which offloads weights module by
+    module, brings them to the device for a call, and for a look at `weight` it does not."""
+
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        return self.weight if tokens is None else super().forward(tokens)
+
+
 class TDDTimestepEmbedding(nn.Module):
     """Sinusoids of the timestep through a small network, as in DiT. `timesteps` (...) -> (..., hidden_size).
 
@@ -433,7 +441,7 @@ class TDDDenoiser(TDDPreTrainedModel):
     def __init__(self, config: TDDConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.token_embedding = nn.Embedding(config.num_categories, width)  # W: y_t W is what the denoiser reads
+        self.token_embedding = TDDTokenEmbedding(config.num_categories, width)  # W: y_t W is what the denoiser reads
         self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.position_embeddings = nn.Parameter(torch.zeros(config.max_position_embeddings, width))
         self.time_embedding = TDDTimestepEmbedding(config)
@@ -489,15 +497,16 @@ class TDDDenoiser(TDDPreTrainedModel):
         """
         # 1. The prefix: from the cache, or the images', of which some may be dropped, or that of no image
         prefix_mask = prefix_attention_mask = attention_mask = None
+        weight = self.token_embedding()
         if cache is None:
-            cache = DenoiserCache(None, self._noise_factor(noise))
+            cache = DenoiserCache(None, self._noise_factor(noise, weight))
         cached_key_values = cache.key_values
         if cached_key_values is None:
             prefix, prefix_mask = self._drop_condition(prefix, drop_condition)
             prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
             cached_key_values = ((None, None),) * len(self.layers)
         # 2. The noisy tokens, with their places and times
-        hidden_states = self._embed(tokens, timesteps, noise, cache.noise_factor)
+        hidden_states = self._embed(tokens, timesteps, noise, weight, cache.noise_factor)
         hidden_states = hidden_states + self.position_embeddings[: tokens.shape[1]]
         hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
         # 3. They attend to the prefix and to each other; the prefix attends to itself
@@ -531,21 +540,23 @@ class TDDDenoiser(TDDPreTrainedModel):
         is_first = torch.arange(prefix.shape[1], device=prefix.device) == 0
         return prefix, (~drop_condition[:, None] | is_first).long()
 
-    def _noise_factor(self, noise: Tensor | None) -> Tensor | None:
+    def _noise_factor(self, noise: Tensor | None, weight: Tensor) -> Tensor | None:
         """What projects the noise: W for K-wide noise, and else the d-wide factor."""
-        weight = self.token_embedding.weight
         if noise is None:
             return None
         return weight if noise.shape[-1] == weight.shape[0] else noise_factor(weight)
 
-    def _embed(self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, weight: Tensor, factor: Tensor | None
+    ) -> Tensor:
         """`y_t W`, normalised and scaled as configured, of shape (rows, N, d)."""
-        config, weight = self.config, self.token_embedding.weight
+        config = self.config
         if config.corruption == "mask":
             is_mask = (tokens == config.num_categories)[..., None]
             embeds = nn.functional.embedding(tokens.clamp(max=config.num_categories - 1), weight)
             return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
-        clean = tokens.to(weight.dtype) @ weight if tokens.is_floating_point() else self.token_embedding(tokens)
+        embed = nn.functional.embedding
+        clean = tokens.to(weight.dtype) @ weight if tokens.is_floating_point() else embed(tokens, weight)
         schedule = self.schedule_on(tokens.device)
         noisy = add_noise(clean, noise.to(factor.dtype) @ factor, schedule, timesteps)
         embeds = self.input_norm(noisy.to(weight.dtype))
