@@ -281,8 +281,8 @@ class TDDLayer(GradientCheckpointingLayer):
 
 
 class TDDTokenEmbedding(nn.Embedding):
-    """The matrix W of shape (K, d). A call without tokens returns W itself: Accelerate, which offloads weights module by
-    module, brings them to the device for a call, and for a look at `weight` it does not."""
+    """The matrix W of shape (K, d). A call without tokens returns W itself: Accelerate offloads weights module by module
+    and brings them to the device for a call of their module, not where another one reads them."""
 
     def forward(self, tokens: Tensor | None = None) -> Tensor:
         return self.weight if tokens is None else super().forward(tokens)

@@ -247,9 +247,7 @@ def test_cosine_schedule_does_not_fall_evenly() -> None:
 def test_calibrated_schedule_inverts_argmax_accuracy(
     num_categories: int, num_timesteps: int, hidden_size: int, one_hot_scale: float
 ) -> None:
-    alpha_bar, complement = gaussian_schedule(
-        "calibrated", num_timesteps, num_categories, hidden_size, one_hot_scale
-    )
+    alpha_bar, complement = gaussian_schedule("calibrated", num_timesteps, num_categories, hidden_size, one_hot_scale)
     kept = one_hot_scale * projected_signal(num_categories, hidden_size)
     accuracy = argmax_accuracy(kept * (alpha_bar[1:] / complement[1:]).sqrt(), num_categories)
     wanted = 1 - (1 - 1 / num_categories) * torch.arange(1, num_timesteps + 1).double() / num_timesteps
@@ -310,7 +308,7 @@ def test_projected_schedule_makes_the_tokens_share_of_its_projection_fall_evenly
 
 
 def test_calibrated_schedule_leaves_most_of_the_projection_to_noise() -> None:
-    """The fault that the projected schedule corrects: the best guess is nearly always right, and few readers see it."""
+    """The fault that the projected schedule corrects: the best guess is nearly always right, but few readers see it."""
     config = TDDConfig(num_labels=1748, hidden_size=128, num_attention_heads=1, noise_schedule="calibrated")
     assert NoiseSchedule.from_config(config).visibility[1:].max() < 0.3
 

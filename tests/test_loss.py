@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""What the training loss draws, and the loss itself. The models' own losses are in test_modeling and test_captioning."""
+"""What the training loss draws, and the loss itself. test_modeling and test_captioning have the models' losses."""
 
 import math
 from collections.abc import Callable
@@ -186,7 +186,9 @@ def test_loss_weighting(make_denoiser: MakeModel, targets: Tensor) -> None:
     timesteps = torch.arange(1, 13).view(4, 3)
     denoiser = make_denoiser(timestep_sampling="shared", loss_weighting="alpha_bar")
     weight = draw_noisy_targets(denoiser, targets, timesteps).loss_weight
-    expected = 1 - torch.arange(1, 13) / 20  # `projected` has visibility 1 - t / T, so alpha_bar is K v / (1 - v + K v)
+    expected = (
+        1 - torch.arange(1, 13) / 20
+    )  # `projected` has visibility 1 - t / T, so alpha_bar is K v / (1 - v + K v)
     expected = 20 * expected / (1 - expected + 20 * expected)
     torch.testing.assert_close(weight, expected[:, None].expand(12, 8))
     assert (draw_noisy_targets(make_denoiser(), targets, timesteps).loss_weight == 1).all()

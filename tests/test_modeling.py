@@ -337,7 +337,9 @@ def test_masks_are_read_as_their_embedding(make_config: MakeConfig) -> None:
     config = make_config(vocab_size=20, max_position_embeddings=3, corruption="mask")
     denoiser = TDDModel(config).eval().denoiser
     tokens, timesteps = torch.tensor([[4, 20, 0]]), torch.tensor([[7, 7, 7]])
-    rows = torch.stack([denoiser.token_embedding.weight[4], denoiser.mask_embedding, denoiser.token_embedding.weight[0]])
+    rows = torch.stack(
+        [denoiser.token_embedding.weight[4], denoiser.mask_embedding, denoiser.token_embedding.weight[0]]
+    )
     expected = denoiser.input_norm(rows) + denoiser.position_embeddings
     expected = expected + denoiser.time_embedding(timesteps, torch.float32)
     hidden = denoiser(tokens, timesteps, output_hidden_states=True).hidden_states[0]
@@ -632,9 +634,7 @@ def test_hidden_states_and_attentions(make_config: MakeConfig, make_model: MakeM
 
 @pytest.mark.parametrize("change", ["data", "in place", "load_state_dict", "double"])
 @torch.no_grad()
-def test_nothing_made_of_the_weights_outlives_a_call(
-    make_model: MakeModel, pixel_values: Tensor, change: str
-) -> None:
+def test_nothing_made_of_the_weights_outlives_a_call(make_model: MakeModel, pixel_values: Tensor, change: str) -> None:
     """`param.data.copy_` does not raise the tensor's version, by which a cache could tell that it is stale."""
     # More labels than the width, or the noise's factor would be the weight itself
     model, other = make_model(num_labels=50), make_model(num_labels=50)
