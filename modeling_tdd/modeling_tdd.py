@@ -257,7 +257,7 @@ class TDDLayer(GradientCheckpointingLayer):
         `hidden_states` has one or several successive rows for each row of `prefix`."""
         if prefix_key is None:
             prefix, key, value = self._encode_prefix(prefix, prefix_attention_mask)
-            repeats = len(hidden_states) // len(key)
+            repeats = hidden_states.shape[0] // key.shape[0]
             prefix_key, prefix_value = (states.repeat_interleave(repeats, dim=0) for states in (key, value))
         normed = self.layernorm_before(hidden_states)
         key, value = self.attention.key_value(normed)
@@ -281,11 +281,32 @@ class TDDLayer(GradientCheckpointingLayer):
 
 
 class TDDTokenEmbedding(nn.Embedding):
-    """The matrix W of shape (K, d). A call without tokens returns W itself: Accelerate offloads weights module by module
-    and brings them to the device for a call of their module, not where another one reads them."""
+    r"""
+    The matrix W that reads noisy one-hot vectors. Its `forward` is the only reader of its weight: FSDP2 and offloading
+    bring a module's weights for its `forward` alone.
+    """
 
-    def forward(self, tokens: Tensor | None = None) -> Tensor:
-        return self.weight if tokens is None else super().forward(tokens)
+    def forward(
+        self, tokens: Tensor, noise: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        r"""
+        Args:
+            tokens (`torch.Tensor`): int64 of shape `(rows, N)`, or probabilities of shape `(rows, N, K)`.
+            noise (`torch.Tensor` of shape `(rows, N, min(K, d))` or `(rows, N, K)`, *optional*): Standard normal.
+            factor (`torch.Tensor`, *optional*): What an earlier call with the same weight returned.
+
+        Returns:
+            `y_0 W` and `epsilon W`, of shape `(rows, N, d)`, and, where the noise is d wide and K is not, the factor
+            of [`~diffusion_tdd.noise_factor`], which costs O(K d^2).
+        """
+        is_soft = tokens.is_floating_point()
+        clean = tokens.to(self.weight.dtype) @ self.weight if is_soft else super().forward(tokens)
+        if noise is None:
+            return clean, None, None
+        if noise.shape[-1] == self.num_embeddings:
+            return clean, noise.to(self.weight.dtype) @ self.weight, None
+        factor = noise_factor(self.weight) if factor is None else factor
+        return clean, noise.to(factor.dtype) @ factor, factor
 
 
 class TDDTimestepEmbedding(nn.Module):
@@ -320,7 +341,6 @@ class TDDPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TDDDenoiser"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -407,7 +427,7 @@ class DenoiserCache(NamedTuple):
     Args:
         key_values (`tuple`, *optional*): Keys and values of the prefix, a pair for each layer, each of shape
             `(rows, num_attention_heads, prefix_length, head_dim)`. `None`: still to be computed.
-        noise_factor (`torch.Tensor` of shape `(min(K, d), d)`, *optional*): See [`~diffusion_tdd.noise_factor`].
+        noise_factor (`torch.Tensor` of shape `(d, d)`, *optional*): See [`TDDTokenEmbedding`].
     """
 
     key_values: KeyValues | None
@@ -433,7 +453,7 @@ class TDDDenoiser(TDDPreTrainedModel):
     head.
 
     Only `forward` reads the weights, the token embedding and the null prefix included. So the denoiser can be sharded
-    (FSDP2), offloaded and compiled as one module, and nothing that is derived from the weights outlives a loop.
+    (FSDP2), offloaded and compiled, and nothing that is derived from the weights outlives a loop.
     """
 
     _can_record_outputs = {"hidden_states": TDDLayer, "attentions": TDDAttention}
@@ -441,7 +461,7 @@ class TDDDenoiser(TDDPreTrainedModel):
     def __init__(self, config: TDDConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.token_embedding = TDDTokenEmbedding(config.num_categories, width)  # W: y_t W is what the denoiser reads
+        self.token_embedding = TDDTokenEmbedding(config.num_categories, width)
         self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.position_embeddings = nn.Parameter(torch.zeros(config.max_position_embeddings, width))
         self.time_embedding = TDDTimestepEmbedding(config)
@@ -451,6 +471,9 @@ class TDDDenoiser(TDDPreTrainedModel):
             [TDDLayer(config, index == config.num_hidden_layers - 1) for index in range(config.num_hidden_layers)]
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        # What stays on one device (`device_map`), and what FSDP2 shards as one unit. An embedding is a unit by itself,
+        # and a tied one is a unit with the head, which no other unit may hold.
+        self._no_split_modules = ["TDDLayer"] if config.tie_word_embeddings else ["TDDTokenEmbedding", "TDDDenoiser"]
         # No buffers: the schedule must stay float32 in a half-precision model
         self._schedule = NoiseSchedule.from_config(config)
         self.post_init()
@@ -497,21 +520,20 @@ class TDDDenoiser(TDDPreTrainedModel):
         """
         # 1. The prefix: from the cache, or the images', of which some may be dropped, or that of no image
         prefix_mask = prefix_attention_mask = attention_mask = None
-        weight = self.token_embedding()
         if cache is None:
-            cache = DenoiserCache(None, self._noise_factor(noise, weight))
+            cache = DenoiserCache(None, None)
         cached_key_values = cache.key_values
         if cached_key_values is None:
             prefix, prefix_mask = self._drop_condition(prefix, drop_condition)
             prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
             cached_key_values = ((None, None),) * len(self.layers)
         # 2. The noisy tokens, with their places and times
-        hidden_states = self._embed(tokens, timesteps, noise, weight, cache.noise_factor)
+        hidden_states, noise_factor = self._embed(tokens, timesteps, noise, cache.noise_factor)
         hidden_states = hidden_states + self.position_embeddings[: tokens.shape[1]]
         hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
         # 3. They attend to the prefix and to each other; the prefix attends to itself
         if prefix_mask is not None:
-            prefix_mask = prefix_mask.repeat_interleave(len(tokens) // len(prefix), dim=0)
+            prefix_mask = prefix_mask.repeat_interleave(tokens.shape[0] // prefix.shape[0], dim=0)
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
@@ -523,7 +545,7 @@ class TDDDenoiser(TDDPreTrainedModel):
             key_values.append((key, value))
         return TDDDenoiserOutput(
             last_hidden_state=self.norm(hidden_states),
-            cache=DenoiserCache(tuple(key_values), cache.noise_factor) if use_cache else None,
+            cache=DenoiserCache(tuple(key_values), noise_factor) if use_cache else None,
         )
 
     def _drop_condition(self, prefix: Tensor | None, drop_condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -540,30 +562,22 @@ class TDDDenoiser(TDDPreTrainedModel):
         is_first = torch.arange(prefix.shape[1], device=prefix.device) == 0
         return prefix, (~drop_condition[:, None] | is_first).long()
 
-    def _noise_factor(self, noise: Tensor | None, weight: Tensor) -> Tensor | None:
-        """What projects the noise: W for K-wide noise, and else the d-wide factor."""
-        if noise is None:
-            return None
-        return weight if noise.shape[-1] == weight.shape[0] else noise_factor(weight)
-
     def _embed(
-        self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, weight: Tensor, factor: Tensor | None
-    ) -> Tensor:
-        """`y_t W`, normalised and scaled as configured, of shape (rows, N, d)."""
+        self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`y_t W`, normalised and scaled as configured, of shape (rows, N, d), and the factor of the noise."""
         config = self.config
         if config.corruption == "mask":
             is_mask = (tokens == config.num_categories)[..., None]
-            embeds = nn.functional.embedding(tokens.clamp(max=config.num_categories - 1), weight)
-            return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
-        embed = nn.functional.embedding
-        clean = tokens.to(weight.dtype) @ weight if tokens.is_floating_point() else embed(tokens, weight)
+            embeds, _, _ = self.token_embedding(tokens.clamp(max=config.num_categories - 1))
+            return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds)), None
+        clean, noise, factor = self.token_embedding(tokens, noise, factor)
         schedule = self.schedule_on(tokens.device)
-        noisy = add_noise(clean, noise.to(factor.dtype) @ factor, schedule, timesteps)
-        embeds = self.input_norm(noisy.to(weight.dtype))
+        embeds = self.input_norm(add_noise(clean, noise, schedule, timesteps).to(clean.dtype))
         if config.input_weighting == "visibility":
             # Without it pure noise is as large as a token, and drowns position and condition (decision 11)
             embeds = embeds * schedule.visibility[timesteps][..., None].to(embeds.dtype)
-        return embeds
+        return embeds, factor
 
 
 # ---- Models

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from modeling_tdd import TDDConfig, TDDForCaptioning
-from modeling_tdd.diffusion_tdd import GaussianCorruption, noise_factor
+from modeling_tdd.diffusion_tdd import NoiseSchedule, add_noise
+from modeling_tdd.modeling_tdd import TDDTokenEmbedding
 
 
 @dataclass
@@ -57,31 +58,36 @@ def time_in_turns(
     return [statistics.median(own_times) for own_times in times]
 
 
-def benchmark_noise(args: argparse.Namespace) -> list[Result]:
-    """y_t W from tokens: K-wide noise added to one-hot vectors and projected, against noise drawn in d dimensions."""
-    num_categories, width = args.categories, args.width
-    weight = (0.02 * torch.randn(num_categories, width)).requires_grad_()
-    alpha_bar = torch.linspace(1, 0, 1001)
-    with torch.no_grad():
-        factor = noise_factor(weight)
+def noisy_embeddings(
+    embedding: TDDTokenEmbedding, schedule: NoiseSchedule, noise: Tensor, factor: Tensor | None = None
+):
+    """y_t W of random tokens at random timesteps, from K-wide or projected noise of shape (rows, N, width)."""
+    tokens = torch.randint(embedding.num_embeddings, noise.shape[:2])
+    timesteps = torch.randint(1, schedule.num_timesteps + 1, noise.shape[:2])
+    clean, noise, _ = embedding(tokens, noise, factor)
+    return add_noise(clean, noise, schedule, timesteps)
 
-    def corrupt(corruption: GaussianCorruption, num_tokens: int) -> Tensor:
-        targets = torch.randint(num_categories, (num_tokens, 1))
-        timesteps = torch.randint(1, 1001, (num_tokens,))
-        return corruption.corrupt(targets, timesteps, corruption.draw_noise(num_tokens, 1)).inputs_embeds
+
+def benchmark_noise(args: argparse.Namespace) -> list[Result]:
+    """y_t W from tokens: K-wide noise on one-hot vectors, projected by W, against noise drawn in d dimensions."""
+    num_categories, width = args.categories, args.width
+    embedding = TDDTokenEmbedding(num_categories, width)
+    schedule = NoiseSchedule.from_config(caption_config(args, "gaussian"))
+    with torch.no_grad():
+        *_, factor = embedding(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, width))
 
     def dense(num_tokens: int, backward: bool = False) -> None:
-        # In chunks: noise, one-hot vectors, y_t and their gradients are K wide, and 8,192 rows would take many GB
+        # In chunks: the noise and its gradient are K wide, and 8,192 rows would take many GB
         for start in range(0, num_tokens, args.chunk):
-            rows = min(args.chunk, num_tokens - start)
-            inputs = corrupt(GaussianCorruption(weight, alpha_bar, dense=True), rows)
+            noise = torch.randn(min(args.chunk, num_tokens - start), 1, num_categories)
+            embeds = noisy_embeddings(embedding, schedule, noise)
             if backward:
-                inputs.sum().backward()
+                embeds.sum().backward()
 
     def projected(num_tokens: int, ready_factor: Tensor | None = None, backward: bool = False) -> None:
-        inputs = corrupt(GaussianCorruption(weight, alpha_bar, factor=ready_factor), num_tokens)
+        embeds = noisy_embeddings(embedding, schedule, torch.randn(num_tokens, 1, width), ready_factor)
         if backward:
-            inputs.sum().backward()
+            embeds.sum().backward()
 
     forward_only = torch.no_grad()
     results = []
@@ -136,7 +142,6 @@ def caption_config(args: argparse.Namespace, corruption: str) -> TDDConfig:
         timesteps_per_image=args.timesteps_per_image,
         pad_token_id=0,
         eos_token_id=2,
-        loss_weighting="none",
     )
 
 
@@ -150,29 +155,28 @@ def benchmark_step(args: argparse.Namespace) -> list[Result]:
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for name, model in models.items()
     }
-    denoiser = models["gaussian"].model.denoiser
-    projected = denoiser.corruption
+    embedding = models["gaussian"].model.denoiser.token_embedding
+    schedule = NoiseSchedule.from_config(models["gaussian"].config)
+    shape = (args.batch_size, args.timesteps_per_image, args.caption_length)
 
-    def dense() -> GaussianCorruption:
-        return GaussianCorruption(denoiser.token_embedding.weight, denoiser.alpha_bar, 1.0, "none", dense=True)
-
-    def step(name: str, corruption: Callable[[], GaussianCorruption] = projected) -> None:
-        denoiser.corruption = corruption
-        models[name](image_features=features, labels=labels).loss.backward()
+    def step(name: str, noise_width: int | None = None) -> None:
+        noise = None if noise_width is None else torch.randn(*shape, noise_width)
+        models[name](image_features=features, labels=labels, noise=noise).loss.backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
 
-    def noise_path(corruption: Callable[[], GaussianCorruption]) -> None:
-        rows = args.batch_size * args.timesteps_per_image
-        process = corruption()
-        timesteps = torch.randint(1, denoiser.config.num_timesteps + 1, (rows,))
-        noise = process.draw_noise(rows, args.caption_length)
-        targets = labels.repeat_interleave(args.timesteps_per_image, dim=0)
-        process.corrupt(targets, timesteps, noise).inputs_embeds.sum().backward()
-        denoiser.zero_grad()
+    def noise_path(noise_width: int) -> None:
+        noise = torch.randn(*shape, noise_width).flatten(0, 1)
+        noisy_embeddings(embedding, schedule, noise).sum().backward()
+        embedding.zero_grad()
 
-    steps = {"MDD": partial(step, "mask"), "TDD": partial(step, "gaussian"), "dense": partial(step, "gaussian", dense)}
-    paths = {"TDD": partial(noise_path, projected), "dense": partial(noise_path, dense)}
+    widths = {"TDD": args.width, "dense": args.categories}
+    steps = {
+        "MDD": partial(step, "mask"),
+        "TDD": partial(step, "gaussian"),
+        "dense": partial(step, "gaussian", args.categories),
+    }
+    paths = {name: partial(noise_path, width) for name, width in widths.items()}
     # Time of this process, so that others on the machine do not count
     times = dict(zip(steps, time_in_turns(list(steps.values()), args.step_repeats, time.process_time)))
     path_times = dict(zip(paths, time_in_turns(list(paths.values()), args.step_repeats, time.process_time)))
@@ -239,8 +243,8 @@ def parse_args() -> argparse.Namespace:
         "--chunk", type=int, default=1024, help="rows of the dense path at a time, which bound its memory"
     )
     step = parser.add_argument_group("step")
-    step.add_argument("--batch-size", type=int, default=64, help="images a step")
-    step.add_argument("--caption-length", type=int, default=32, help="N, tokens a caption")
+    step.add_argument("--batch-size", type=int, default=64, help="images per step")
+    step.add_argument("--caption-length", type=int, default=32, help="N, tokens per caption")
     step.add_argument("--timesteps-per-image", type=int, default=1, help="1 is the hardest for TDD: its factor's cost")
     step.add_argument("--image-tokens", type=int, default=49, help="image tokens, those of a ViT-B/32 by default")
     step.add_argument("--step-repeats", type=int, default=3, help="timed runs of each step")

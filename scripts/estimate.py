@@ -1,9 +1,10 @@
-"""Estimate what a recipe costs on a machine: parameters, operations, memory a device, time, with the formula.
+"""Estimate what training by a recipe costs on a machine: parameters, operations, memory per device, and time.
 
     python scripts/estimate.py scripts/recipes/table1/tdd_vit_b16.yaml --machine a100x8
     python scripts/estimate.py scripts/recipes/digits.yaml --measure
 
-`--measure` times some steps of the recipe here, smaller than the recipe's, and predicts from them.
+The formula of the time is printed too. `--measure` times a few steps on this machine, smaller than those of the
+recipe, and predicts from them.
 """
 
 import argparse
@@ -34,13 +35,13 @@ from modeling_tdd.training.results import markdown_table
 
 
 def make_config(recipe: Recipe, num_categories: int | None) -> TDDConfig:
-    """The configuration that training would use, with as many labels or tokens as the data or the arguments say."""
+    """The configuration of the training. `num_categories`, if given, replaces the number of labels or tokens."""
     if isinstance(recipe, EncoderRecipe):
-        raise ValueError("This is a recipe for an encoder: take one for a classifier or a captioner.")
+        raise ValueError("This is a recipe for an encoder: give one for a classifier or a captioner.")
     if isinstance(recipe, CaptionRecipe):
         vocab_size = num_categories or recipe.tokenizer.get("vocab_size")
         if vocab_size is None:
-            raise ValueError("The recipe's tokenizer has as many tokens as its data have words: give `--categories`.")
+            raise ValueError("The size of the recipe's tokenizer depends on the data: give `--categories`.")
         fields = {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 2}
         if recipe.encoder is not None:
             fields["vision_config"] = AutoConfig.from_pretrained(recipe.encoder)
@@ -69,18 +70,18 @@ def view_size(recipe: Recipe, config: TDDConfig) -> tuple[int, int]:
 
 
 def example_batch(config: TDDConfig, size: tuple[int, int], images: int, device: str) -> dict[str, torch.Tensor]:
-    """Random arguments of `forward`."""
+    """A batch of random arguments of `forward`."""
     pixels = torch.randn(images, getattr(config.vision_config, "num_channels", 3), *size, device=device)
     shape = (images,) if config.vocab_size is None else (images, config.max_position_embeddings)
     return {"pixel_values": pixels, "labels": torch.randint(3, config.num_categories, shape, device=device)}
 
 
 def measure(config: TDDConfig, size: tuple[int, int], cost: StepCost, images: int) -> Machine:
-    """This machine, from steps of a quarter and of half the device batch."""
+    """Measures this machine with steps of a quarter and of half the device batch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(config, device).train()
     batches = [example_batch(config, size, max(1, images // 4 * part), device) for part in (1, 2)]
-    if config.freeze_encoder:  # training reads its features from disc
+    if config.freeze_encoder:  # training reads the features from disk
         for batch in batches:
             batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
     return measure_machine(model, batches, cost, time.perf_counter)
@@ -93,16 +94,16 @@ def giga(operations: float) -> str:
 def print_cost(config: TDDConfig, cost: StepCost) -> None:
     print(
         f"Parameters: {cost.parameters / 1e6:.1f} M, of which encoder with connector "
-        f"{cost.encoder_parameters / 1e6:.1f} M; {cost.trainable / 1e6:.1f} M learn.\n"
+        f"{cost.encoder_parameters / 1e6:.1f} M; {cost.trainable / 1e6:.1f} M are trained.\n"
     )
     repeats = config.timesteps_per_image
     rows = [
         [name, giga(part.forward), giga(part.backward), giga(part.total)]
         for name, part in {
-            "encoder, an image": cost.encoder,
-            "connector and prefix, an image": cost.prefix,
-            f"denoiser and head x {repeats} timesteps, an image": cost.denoiser,
-            "noise factor, a device batch": cost.noise,
+            "encoder, per image": cost.encoder,
+            "connector and prefix, per image": cost.prefix,
+            f"denoiser and head x {repeats} timesteps, per image": cost.denoiser,
+            "noise factor, per device batch": cost.noise,
         }.items()
     ]
     print(markdown_table(["GFLOP", "forward", "backward", "both"], rows) + "\n")
@@ -110,14 +111,14 @@ def print_cost(config: TDDConfig, cost: StepCost) -> None:
 
 def print_memory(cost: StepCost, images: int, devices: int, precision: str) -> None:
     ways = {"DDP": cost.memory(images), f"FSDP over {devices}": cost.memory(images, devices, shard=True)}
-    header = [f"GiB a device, {images} images, {precision}", *ways]
+    header = [f"GiB per device, {images} images, {precision}", *ways]
     names = list(ways["DDP"])
     rows = [[name, *(f"{way[name] / 2**30:.2f}" for way in ways.values())] for name in names]
     rows.append(["sum", *(f"{sum(way.values()) / 2**30:.2f}" for way in ways.values())])
     print(markdown_table(header, rows))
     print(
-        f"\nBytes a parameter: {WEIGHT_BYTES} weight + {GRADIENT_BYTES} gradient + {OPTIMIZER_BYTES} AdamW + "
-        f"{EMA_BYTES} moving average; activations: what autograd keeps, counted op by op.\n"
+        f"\nBytes per parameter: {WEIGHT_BYTES} weight + {GRADIENT_BYTES} gradient + {OPTIMIZER_BYTES} AdamW + "
+        f"{EMA_BYTES} moving average. Activations: what autograd keeps, counted for each operation.\n"
     )
 
 
@@ -127,21 +128,21 @@ def print_time(recipe: Recipe, cost: StepCost, machine: Machine, images: int, nu
     seconds = machine.step_seconds(cost, images, accumulation)
     print(
         f"Machine: {machine.devices} x {machine.name}, {machine.operations_per_second / 1e12:.3g} TFLOP/s and "
-        f"{machine.bytes_per_second / 1e9:.3g} GB/s a device ({machine.basis}).\n"
-        "step = accumulation x ((images x GFLOP an image + GFLOP a device batch) / GFLOP/s + overhead)\n"
-        f"       + (parameters that learn x {UPDATE_TRAFFIC} B + parameters x {EMA_TRAFFIC} B) / GB/s\n"
+        f"{machine.bytes_per_second / 1e9:.3g} GB/s per device ({machine.basis}).\n"
+        "step = accumulation x ((images x GFLOP per image + GFLOP per device batch) / GFLOP/s + overhead)\n"
+        f"       + (trained parameters x {UPDATE_TRAFFIC} B + parameters x {EMA_TRAFFIC} B) / GB/s\n"
         f"     = {accumulation} x (({images} x {giga(cost.per_image)} + {giga(cost.noise.total)}) / "
         f"{giga(machine.operations_per_second)} + {machine.overhead:.4f}) + {cost.update_bytes() / 1e9:.3f} / "
         f"{machine.bytes_per_second / 1e9:.3g}\n"
         f"     = {seconds:.4g} s for {images * accumulation * machine.devices} images: "
-        f"{images * accumulation * machine.devices / seconds:,.0f} images a second\n"
-        "Communication and waiting for data are taken to overlap with it."
+        f"{images * accumulation * machine.devices / seconds:,.0f} images per second\n"
+        "It is assumed that communication and waiting for data overlap with the computation."
     )
     if num_examples is not None:
         epoch = num_examples // batch_size * seconds
         total = epoch * recipe.training.epochs
         print(f"epoch = {num_examples // batch_size} steps x step = {epoch / 60:.1f} minutes")
-        print(f"training = {recipe.training.epochs} epochs = {total / 3600:.1f} hours; evaluations come on top.")
+        print(f"training = {recipe.training.epochs} epochs = {total / 3600:.1f} hours, without the evaluations.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,10 +150,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/table1/tdd_vit_b16.yaml")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--machine", choices=list(MACHINES), default="a100x8", help="default: the paper's, a100x8")
-    how.add_argument("--measure", action="store_true", help="measure this machine with the recipe's own steps")
-    parser.add_argument("--devices", type=int, help="another number of the machine's devices")
-    parser.add_argument("--categories", type=int, help="labels or tokens, where the recipe does not say")
-    parser.add_argument("--num-examples", type=int, help="training images, where the recipe does not say")
+    how.add_argument("--measure", action="store_true", help="measure this machine with steps of the recipe")
+    parser.add_argument("--devices", type=int, help="number of devices; default: the machine's")
+    parser.add_argument("--categories", type=int, help="number of labels or tokens; default: the recipe's")
+    parser.add_argument("--num-examples", type=int, help="number of training images; default: the recipe's")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
     return parser.parse_args()
 

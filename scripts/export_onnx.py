@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Writes a checkpoint as two ONNX graphs, and checks that they compute what the model does.
 
-`encoder.onnx` makes an image's keys and values, once an image. `denoiser_step.onnx` makes scores of clean tokens from
-noisy embeddings, timesteps and these keys and values, once a step. Guidance calls it twice, the second time with the
-keys and values of the null condition, which `null_condition.safetensors` holds. The loop around the step, drawing
-noise and re-noising, is left to the caller.
+`encoder.onnx` computes an image's keys and values, once per image. `denoiser_step.onnx` computes logits of clean
+tokens from tokens, their timesteps, standard normal noise, and these keys and values, once per step. Guidance calls it
+twice, the second time with the keys and values of the null condition, which `null_condition.safetensors` holds. The
+loop around the step, choosing tokens and drawing noise, is left to the caller.
 
     python scripts/export_onnx.py CHECKPOINT --output FOLDER
 """
@@ -23,37 +23,65 @@ from torch.export import Dim
 from transformers import AutoConfig, AutoImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification
+from modeling_tdd.modeling_tdd import DenoiserCache
 
 
 TOLERANCE = 1e-4
+
+Model = TDDForCaptioning | TDDForImageClassification
+
+
+def denoiser_inputs(model: Model, rows: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    """Random tokens, timesteps and, for Gaussian noise, the noise of a step."""
+    config = model.config
+    shape = (rows, config.max_position_embeddings)
+    tokens = torch.randint(config.num_categories, shape, generator=generator)
+    timesteps = torch.randint(1, config.num_timesteps + 1, shape, generator=generator)
+    if config.corruption == "mask":
+        return tokens, timesteps
+    return tokens, timesteps, torch.randn(*shape, config.noise_width, generator=generator)
+
+
+def projection_of_noise(model: Model) -> Tensor | None:
+    """The factor of the noise: of weights that no longer change it is a constant of the graphs."""
+    inputs = denoiser_inputs(model, rows=1)
+    return model.model.denoiser(*inputs, use_cache=True).cache.noise_factor
 
 
 class PrefixEncoder(nn.Module):
     """From images to the keys and values of their prefix: key and value of the first layer, of the second, ..."""
 
-    def __init__(self, model: TDDForCaptioning | TDDForImageClassification):
+    def __init__(self, model: Model):
         super().__init__()
-        self.model = model.model
+        self.model, self.config = model.model, model.config
+        self.cache = DenoiserCache(None, projection_of_noise(model))
+        self.step = denoiser_inputs(model, rows=1)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        key_values = self.model.denoiser.encode_prefix(self.model.get_prefix(pixel_values))
-        return tuple(tensor for pair in key_values for tensor in pair)
+    def forward(self, pixel_values: Tensor | None) -> tuple[Tensor, ...]:
+        """Without images, of the null condition."""
+        prefix = None if pixel_values is None else self.model.get_prefix(pixel_values)
+        rows = 1 if prefix is None else prefix.shape[0]
+        # What is denoised does not matter to the prefix, and leaves the graph as dead code
+        step = (tensor.expand(rows, *tensor.shape[1:]) for tensor in self.step)
+        outputs = self.model.denoiser(*step, prefix=prefix, cache=self.cache, use_cache=True)
+        return tuple(tensor for pair in outputs.cache.key_values for tensor in pair)
 
 
 class DenoiserStep(nn.Module):
-    """From noisy embeddings of shape (rows, N, d), timesteps (rows, N) and keys and values to scores (rows, N, K)."""
+    """From tokens (rows, N), their timesteps (rows, N), with Gaussian noise also the noise (rows, N, noise_width), and
+    keys and values, to logits (rows, N, K)."""
 
-    def __init__(self, model: TDDForCaptioning | TDDForImageClassification):
+    def __init__(self, model: Model):
         super().__init__()
-        self.denoiser = model.model.denoiser
-        self.head = model.get_output_embeddings()
+        self.denoiser, self.head = model.model.denoiser, model.get_output_embeddings()
+        self.noise_factor = projection_of_noise(model)
 
-    def forward(self, inputs_embeds: Tensor, timesteps: Tensor, key_values: list[Tensor]) -> Tensor:
+    def forward(self, inputs: list[Tensor], key_values: list[Tensor]) -> Tensor:
         pairs = tuple(zip(key_values[0::2], key_values[1::2]))
-        return self.head(self.denoiser(inputs_embeds, timesteps, pairs).last_hidden_state)
+        return self.head(self.denoiser(*inputs, cache=DenoiserCache(pairs, self.noise_factor)).last_hidden_state)
 
 
-def load_model(checkpoint: str) -> TDDForCaptioning | TDDForImageClassification:
+def load_model(checkpoint: str) -> Model:
     """The checkpoint's model, in float32.
 
     Raises:
@@ -67,7 +95,7 @@ def load_model(checkpoint: str) -> TDDForCaptioning | TDDForImageClassification:
     return model
 
 
-def image_size(model: TDDForCaptioning | TDDForImageClassification) -> tuple[int, int]:
+def image_size(model: Model) -> tuple[int, int]:
     """Height and width of the encoder's images, or of its image processor's where the encoder takes any."""
     size = getattr(model.config.vision_config, "image_size", None)
     if size is None:
@@ -77,21 +105,17 @@ def image_size(model: TDDForCaptioning | TDDForImageClassification) -> tuple[int
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def sample_inputs(model: TDDForCaptioning | TDDForImageClassification, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random images, noisy embeddings and timesteps."""
-    config, vision = model.config, model.config.vision_config
+def sample_inputs(model: Model, rows: int) -> tuple[Tensor, list[Tensor]]:
+    """Random images, and the inputs of a step."""
     height, width = image_size(model)
     generator = torch.Generator().manual_seed(rows)
-    places = config.max_position_embeddings
-    return (
-        torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator),
-        torch.randn(rows, places, config.hidden_size, generator=generator),
-        torch.randint(1, config.num_timesteps + 1, (rows, places), generator=generator),
-    )
+    channels = getattr(model.config.vision_config, "num_channels", 3)
+    pixel_values = torch.randn(rows, channels, height, width, generator=generator)
+    return pixel_values, list(denoiser_inputs(model, rows, generator))
 
 
 @torch.no_grad()
-def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Path) -> float:
+def export_onnx(model: Model, output: Path) -> float:
     """Writes the graphs and returns the largest difference from the model, over batches of another size than the one
     that was traced.
 
@@ -99,7 +123,8 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
         `RuntimeError`: if a graph differs by more than 1e-4; nothing is written then.
     """
     encoder, step = PrefixEncoder(model).eval(), DenoiserStep(model).eval()
-    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows=2)
+    pixel_values, inputs = sample_inputs(model, rows=2)
+    input_names = ["tokens", "timesteps", "noise"][: len(inputs)]
     key_values = list(encoder(pixel_values))
     names = [f"{name}_{layer}" for layer in range(len(key_values) // 2) for name in ("prefix_key", "prefix_value")]
     rows = {0: Dim("rows")}
@@ -121,18 +146,16 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
         )
         torch.onnx.export(
             step,
-            (inputs_embeds, timesteps, key_values),
+            (inputs, key_values),
             folder / "denoiser_step.onnx",
-            input_names=["inputs_embeds", "timesteps", *names],
+            input_names=[*input_names, *names],
             output_names=["logits"],
-            dynamic_shapes=(rows, rows, [of_prefix] * len(names)),
+            dynamic_shapes=([rows] * len(inputs), [of_prefix] * len(names)),
             dynamo=True,
             verbose=False,
         )
-        denoiser = model.model.denoiser
-        null_condition = [tensor for pair in denoiser.encode_prefix(denoiser.null_prefix) for tensor in pair]
         save_file(
-            {name: tensor.contiguous() for name, tensor in zip(names, null_condition)},
+            {name: tensor.contiguous() for name, tensor in zip(names, encoder(None))},
             folder / "null_condition.safetensors",
         )
         difference = max(compare(model, folder, names, rows=rows) for rows in (1, 3))
@@ -143,20 +166,19 @@ def export_onnx(model: TDDForCaptioning | TDDForImageClassification, output: Pat
     return difference
 
 
-def compare(model: TDDForCaptioning | TDDForImageClassification, folder: Path, names: list[str], rows: int) -> float:
+def compare(model: Model, folder: Path, names: list[str], rows: int) -> float:
     """The largest difference between graphs and model: keys and values, scores with a condition and without."""
-    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows)
-    step, denoiser = DenoiserStep(model), model.model.denoiser
-    conditional = list(PrefixEncoder(model)(pixel_values))
-    null_prefix = denoiser.null_prefix.expand(rows, -1, -1)
-    unconditional = [tensor for pair in denoiser.encode_prefix(null_prefix) for tensor in pair]
-    expected = [*conditional, *(step(inputs_embeds, timesteps, given) for given in (conditional, unconditional))]
+    pixel_values, inputs = sample_inputs(model, rows)
+    step, encoder = DenoiserStep(model), PrefixEncoder(model)
+    conditional = list(encoder(pixel_values))
+    unconditional = [tensor.expand(rows, -1, -1, -1) for tensor in encoder(None)]
+    expected = [*conditional, *(step(inputs, given) for given in (conditional, unconditional))]
 
     made = onnxruntime.InferenceSession(folder / "encoder.onnx").run(names, {"pixel_values": pixel_values.numpy()})
     session = onnxruntime.InferenceSession(folder / "denoiser_step.onnx")
-    inputs = {"inputs_embeds": inputs_embeds.numpy(), "timesteps": timesteps.numpy()}
+    arrays = dict(zip(["tokens", "timesteps", "noise"], (tensor.numpy() for tensor in inputs)))
     for given in (list(made), [tensor.numpy() for tensor in unconditional]):
-        made += session.run(["logits"], {**inputs, **dict(zip(names, given))})
+        made += session.run(["logits"], {**arrays, **dict(zip(names, given))})
     return max(float(np.abs(array - tensor.numpy()).max()) for array, tensor in zip(made, expected, strict=True))
 
 

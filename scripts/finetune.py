@@ -9,11 +9,13 @@
 
 `--model` is a TDD checkpoint: a captioner keeps its tokenizer; a classifier with another number of labels gets a new
 head. `--encoder` is any pretrained vision model: denoiser and head are new, and a captioner's tokenizer is trained on
-the captions. All of `TrainingArguments` are options too (`--learning_rate`, `--bf16`, `--push_to_hub`, ...), at their
-defaults; none needs a particular value. A repeated command resumes from the last complete checkpoint.
+the captions. All fields of `TrainingArguments` are options too (`--learning_rate`, `--bf16`, `--push_to_hub`, ...).
+They have their usual defaults, and none needs a particular value. A repeated command resumes from the last complete
+checkpoint.
 
-What is evaluated, saved and pushed are the averaged weights (`--ema_decay`); with `--lora_rank` the adapter goes to
-`OUTPUT_DIR/adapter`, and the model with the adapter merged in, which loads without peft, to `OUTPUT_DIR`.
+What is evaluated, saved and pushed are the averaged weights (`--ema_decay`, `--ema_warmup`). With `--lora_rank` the
+adapter goes to `OUTPUT_DIR/adapter`, and the model with the adapter merged in, which loads without peft, to
+`OUTPUT_DIR`.
 """
 
 import json
@@ -50,18 +52,21 @@ logger = logging.get_logger(__name__)
 class ModelArguments:
     """What to start from, and what of it to train."""
 
-    task: str = field(metadata={"help": "What to do with images.", "choices": ["classification", "captioning"]})
+    task: str = field(metadata={"help": "The task.", "choices": ["classification", "captioning"]})
     model: str | None = field(default=None, metadata={"help": "A TDD checkpoint: a folder or an id of the Hub."})
-    encoder: str | None = field(default=None, metadata={"help": "Instead: a pretrained vision model."})
+    encoder: str | None = field(default=None, metadata={"help": "Instead of --model: a pretrained vision model."})
     config_overrides: str = field(
         default="{}", metadata={"help": "Fields of TDDConfig as JSON, such as '{\"timesteps_per_image\": 8}'."}
     )
     tokenizer_kind: str = field(
-        default="bpe", metadata={"help": "With --encoder: the captioner's tokens.", "choices": ["word", "bpe"]}
+        default="bpe", metadata={"help": "With --encoder: the tokens of the captioner.", "choices": ["word", "bpe"]}
     )
-    ema_decay: float = field(default=0.9999, metadata={"help": "Of the averaged weights; 0 publishes the last ones."})
+    ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the averaged weights; 0: no average."})
+    ema_warmup: bool = field(
+        default=True, metadata={"help": "Whether the decay grows with the steps, so that short runs are followed."}
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
-    lora_target: str = field(default="all", metadata={"help": "Where adapters go.", "choices": list(LORA_TARGETS)})
+    lora_target: str = field(default="all", metadata={"help": "What gets adapters.", "choices": list(LORA_TARGETS)})
 
     def __post_init__(self):
         if (self.model is None) == (self.encoder is None):
@@ -79,7 +84,9 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data, such as COCO's."})
     train_split: str = "train"
     eval_split: str = "validation"
-    eval_share: float = field(default=0.0, metadata={"help": "Instead: hold out this share of the training split."})
+    eval_share: float = field(
+        default=0.0, metadata={"help": "Instead of --eval_split: hold out this share of the training split."}
+    )
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
@@ -94,13 +101,13 @@ class DataArguments:
             self.augmentation = AugmentationRecipe(**json.loads(self.augmentation))
 
     def train_transform(self, image_processor: BaseImageProcessor) -> Callable[..., Tensor] | None:
-        """Without augmentation training images are made by the image processor, as those of the evaluation are."""
+        """The augmentation. `None` if there is none: the image processor then makes the training images too."""
         return None if self.augmentation is None else build_train_transform(self.augmentation, image_processor)
 
 
 @dataclass
 class Task:
-    """All that differs between the two tasks: arguments of `Trainer`."""
+    """What differs between the two tasks: arguments of `Trainer`, and the names of newly initialised modules."""
 
     model: TDDPreTrainedModel
     processor: BaseImageProcessor | TDDProcessor
@@ -111,7 +118,7 @@ class Task:
 
 
 def split_rows(arguments: DataArguments, train: Dataset, held_out: Dataset) -> tuple[Dataset, Dataset]:
-    """Training and evaluation rows: two splits, or one that is split here, the same way each time."""
+    """Training and evaluation rows: two splits, or one that is split here. The split is the same in each run."""
     if arguments.eval_share == 0:
         return train, held_out
     parts = train.train_test_split(test_size=arguments.eval_share, seed=0)
@@ -143,8 +150,8 @@ def make_classification(model_args: ModelArguments, data_args: DataArguments, se
         new_modules = [] if num_labels == len(names) else ["token_embedding", "classifier"]
         if new_modules:
             logger.warning(
-                f"{model_args.model} has {num_labels} labels, the data {len(names)}: label embedding and classifier "
-                "start anew."
+                f"{model_args.model} has {num_labels} labels, but the data have {len(names)}: the label embedding and "
+                "the classifier are initialised anew."
             )
         model = TDDForImageClassification.from_pretrained(
             model_args.model, ignore_mismatched_sizes=bool(new_modules), **fields
@@ -208,7 +215,9 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     if training_args.label_smoothing_factor > 0:
-        raise ValueError("Set label smoothing in --config_overrides: Trainer's would replace the diffusion loss.")
+        raise ValueError(
+            "Set label smoothing in --config_overrides: that of Trainer would replace the diffusion loss."
+        )
     set_seed(training_args.seed)
     make_task = make_classification if model_args.task == "classification" else make_captioning
     task = make_task(model_args, data_args, training_args.seed)
@@ -217,7 +226,7 @@ def main() -> None:
         model = add_lora(model, model_args.lora_rank, model_args.lora_target, task.new_modules)
     callbacks = [EpochCallback()]
     if model_args.ema_decay > 0:
-        callbacks.append(EMACallback(model_args.ema_decay))
+        callbacks.append(EMACallback(model_args.ema_decay, model_args.ema_warmup))
     trainer = Trainer(
         model,
         training_args,

@@ -1,8 +1,8 @@
-"""Train an image encoder on the words of captions, as the start of captioners that learn from few pictures.
+"""Train an image encoder to predict the words of captions. It is a start for captioners with few training pictures.
 
     python scripts/pretrain_encoder.py scripts/recipes/emoji_encoder.yaml
 
-The words of an image's captions are its labels. The encoder is saved as any of Transformers':
+The words of an image's captions are its labels. The encoder is saved in Transformers' format:
 `TDDForCaptioning.from_encoder_pretrained("outputs/emoji_encoder")`.
 """
 
@@ -45,31 +45,31 @@ def parse_args() -> argparse.Namespace:
 
 
 def words_of(caption: str) -> set[str]:
-    """Words without punctuation. A hyphenated one is one word: "medium-light" is a tone of its own."""
+    """The words of a caption without punctuation. A hyphenated word such as "medium-light" is one word."""
     return set(re.findall(r"\w+(?:[-'’]\w+)*", caption.lower()))
 
 
 def count_words(data: Dataset, min_count: int) -> dict[str, int]:
-    """In how many images' captions each word occurs, rare words left out, the most frequent first."""
+    """For each word that is not rare: the number of images in whose captions it occurs. Frequent words are first."""
     counts = Counter(word for captions in data["captions"] for word in set().union(*map(words_of, captions)))
     return {word: count for word, count in counts.most_common() if count >= min_count}
 
 
 class WordClassifier(nn.Module):
-    """An encoder with a linear head on its mean token: one independent yes or no for each word."""
+    """An encoder with a linear head on its mean token. Each word is an independent binary decision."""
 
     def __init__(self, config: TDDConfig, frequencies: Tensor):
         super().__init__()
         self.model = TDDModel(config, add_denoiser=False)
         self.head = nn.Linear(self.model.encoder_hidden_size, len(frequencies))
         nn.init.zeros_(self.head.weight)
-        # Most words are rare: without this start the first epochs learn nothing but their frequencies.
+        # Most words are rare. With another bias the first epochs would only learn the frequencies.
         self.head.bias.data.copy_(torch.logit(frequencies))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         logits = self.head(self.model.get_image_features(pixel_values).pooler_output[:, 0])
         loss = None
-        if labels is not None:  # a sum over the words: a mean would drown the few that apply
+        if labels is not None:  # a sum over the words, since a mean would be dominated by absent ones
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -83,7 +83,7 @@ def process(image_processor: BaseImageProcessor, images: list[Image.Image]) -> T
 
 
 class WordCollator:
-    """Batches of `pixel_values` and multi-hot `labels`."""
+    """Makes batches of `pixel_values` and multi-hot `labels`."""
 
     def __init__(self, encode: Callable[[list[Image.Image]], Tensor], words: list[str]):
         self.encode = encode
@@ -100,7 +100,7 @@ class WordCollator:
 
 @dataclass
 class WordScores:
-    """Mean average precision (over the words that a split has) and micro F1 of the words of a split."""
+    """Mean average precision and micro F1 of the words of a split. The mean is over the words that occur in it."""
 
     mean_average_precision: float
     f1: float
@@ -124,7 +124,8 @@ def score_words(accelerator: Accelerator, model: WordClassifier, loader: DataLoa
 
 
 def run(recipe: EncoderRecipe, seed: int, folder: Path, resume: str) -> None:
-    """Trains one encoder, saves it with its image processor to `folder`, and writes `folder/result.json` last."""
+    """Trains one encoder and saves it with its image processor to `folder`. At the end it writes the scores to
+    `folder/result.json`."""
     set_seed(seed)
     accelerator = make_accelerator(recipe.training, training_folder(folder))
     data = load_caption_data(recipe.data)

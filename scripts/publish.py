@@ -1,9 +1,9 @@
-"""Publish a trained run on the Hugging Face Hub: weights, processor, code, and a model card filled from its results.
+"""Publish a trained run on the Hugging Face Hub: weights, processor, code, and a model card with its results.
 
     python scripts/publish.py outputs/emoji/tdd-seed0 --repo-id USER/NAME
 
-All of it is one commit: a failed upload leaves the repository as it was. The other seeds beside the folder go into the
-card's tables and plot. Needs matplotlib: pip install -e ".[train,demo]"
+Everything is uploaded as one commit, so a failed upload leaves the repository as it was. The runs beside the folder,
+with other seeds or methods, go into the card's tables and plot. Needs matplotlib: pip install -e ".[train,demo]"
 """
 
 import argparse
@@ -29,12 +29,12 @@ from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder, such as outputs/emoji/tdd-seed0")
-    parser.add_argument("--repo-id", help="USER/NAME on the Hub; made if there is none")
+    parser.add_argument("--repo-id", help="USER/NAME on the Hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
     parser.add_argument(
-        "--runs", nargs="+", type=Path, help="folders of the other seeds and of the rivals; default: those beside it"
+        "--runs", nargs="+", type=Path, help="folders of other seeds and of baselines; default: those beside it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="write the card into the folder and upload nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only write the card into the folder")
     args = parser.parse_args()
     if args.repo_id is None and not args.dry_run:
         parser.error("--repo-id is needed to upload; --dry-run writes the card alone")
@@ -49,7 +49,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, target: Path) -> None:
-    """Saves what `folder` holds anew: whole, loadable, and with this version's code."""
+    """Saves the model and the processor of `folder` to `target`, with the code of this version."""
     model.save_pretrained(target)
     auto_class = AutoProcessor if model.can_generate() else AutoImageProcessor
     auto_class.from_pretrained(folder).save_pretrained(target)
@@ -65,7 +65,7 @@ def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads `folder` as one commit and returns its URL. After a failure it says what the repository holds."""
+    """Uploads `folder` as one commit and returns its URL. The error after a failure says what the repository holds."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     before = api.model_info(repo_id).sha
@@ -75,7 +75,7 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
         try:
             now = api.model_info(repo_id).sha
         except Exception as state_error:
-            state = f"Whether {repo_id} changed is unknown: {state_error}"
+            state = f"It is not known whether {repo_id} changed: {state_error}"
         else:
             state = f"{repo_id} {'is still at' if now == before else 'moved to'} revision {now}."
         cause = f" {error.__cause__}" if error.__cause__ else ""

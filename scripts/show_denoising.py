@@ -1,4 +1,4 @@
-"""Show how a caption comes about: print it at each step (Fig. 9) and plot what competed for each token (Fig. 10).
+"""Show how a caption is denoised: print it at each step (Fig. 9) and plot each token's likeliest candidates (Fig. 10).
 
     python scripts/show_denoising.py image.png --model outputs/emoji/tdd-seed0
 
@@ -20,8 +20,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, help="an image file")
     parser.add_argument("--model", required=True, help="a captioner's folder or model id")
-    parser.add_argument("--text", default="", help="the caption's fixed beginning")
-    parser.add_argument("--infill", help="in its place: a caption with gaps, such as 'man [MASK]: dark skin tone'")
+    parser.add_argument("--text", default="", help="the given beginning of the caption")
+    parser.add_argument(
+        "--infill", help="instead of --text: a caption with gaps, such as 'man [MASK]: dark skin tone'"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -50,7 +52,7 @@ def main() -> None:
 
     for timestep, caption in captions_at_each_step(model, outputs, partial(decode, skip_special_tokens=True)):
         print(f"t = {timestep:4d}  {caption}")
-    # The caption's tokens and its end, less the padding behind it
+    # The caption's tokens and its end, without the padding after them
     num_places = int((outputs.sequences[0] != model.config.pad_token_id).sum())
     output = args.output or Path(f"{args.image.stem}-denoising.png")
     plot_token_trajectories(outputs, decode, max(1, num_places)).savefig(output, dpi=150)

@@ -1,9 +1,10 @@
-"""Train captioners by a recipe, TDD and its rivals alike, and print their scores side by side.
+"""Train captioners by a recipe, both TDD and its baselines, and print their scores side by side.
 
     python scripts/train_captioning.py scripts/recipes/emoji.yaml --methods tdd mdd ar nearest --seeds 0 1 2
 
-`ar` is an autoregressive captioner of the same size; `nearest`, the floor, is the caption of the nearest training
-picture. Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
+`ar` is an autoregressive captioner of the same size. `nearest`, the nearest-neighbour baseline, takes the caption of
+the most similar training picture. Each pair of a method and a seed is a run with its own result file. A repeated
+command does only the missing runs.
 """
 
 from dataclasses import replace
@@ -45,7 +46,8 @@ Captioner = TDDForCaptioning | AutoregressiveCaptioner
 
 
 def make_processor(recipe: CaptionRecipe, captions: list[str]) -> TDDProcessor:
-    """The encoder's image processor, or one of the recipe, with a tokenizer trained on the training captions."""
+    """Makes the processor: the image processor of the encoder or of the recipe, and a tokenizer that is trained on the
+    training captions. A captioner to start from keeps its processor."""
     if recipe.model_checkpoint is not None:
         return TDDProcessor.from_pretrained(recipe.model_checkpoint)
     tokenizer = train_tokenizer(captions, **recipe.tokenizer)
@@ -58,7 +60,7 @@ def make_processor(recipe: CaptionRecipe, captions: list[str]) -> TDDProcessor:
 def training_captions(
     accelerator: Accelerator, recipe: CaptionRecipe, data: DatasetDict, rows: ShardedRows | None = None
 ) -> list[str]:
-    """All captions of the training split, or those of a streamed one's first examples."""
+    """All captions of the training split. If it is streamed, those of its first examples."""
     if rows is None:
         return [caption for captions in data[recipe.data.train_split]["captions"] for caption in captions]
     with accelerator.main_process_first():
@@ -83,7 +85,7 @@ def make_model(recipe: CaptionRecipe, method: str, processor: TDDProcessor) -> C
 
 
 class CachedExamples(Dataset):
-    """Features of a frozen encoder in place of images; of several views of a picture one is drawn each time."""
+    """Examples with features of a frozen encoder in place of images. If a picture has several views, one is drawn."""
 
     def __init__(self, views: list[Tensor], captions: list[list[str]]):
         self.views = views
@@ -105,8 +107,8 @@ def make_examples(
     folder: Path,
     accelerator: Accelerator,
 ) -> dict[str, Dataset]:
-    """Each split that is not streamed as it is or, for a frozen encoder, as cached features: view 0 of the pictures as
-    they are, others of augmented ones."""
+    """The examples of each split that is not streamed. If the encoder is frozen, its features are cached and take the
+    place of the images. View 0 holds the features of the pictures as they are, other views those of augmented ones."""
     if not recipe.model.get("freeze_encoder", False):
         return dict(data)
     examples = {}
@@ -128,7 +130,7 @@ def make_examples(
 def caption_split(
     accelerator: Accelerator, model: Captioner, processor: TDDProcessor, loader: DataLoader, **settings: Any
 ) -> list[str]:
-    """Captions of a split, in its order, from all processes together."""
+    """The captions of a split in its order, gathered from all processes."""
     model.eval()
     captions: list[str] = []
     for batch in loader:
@@ -141,7 +143,7 @@ def caption_split(
 
 
 def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path, resume: str) -> None:
-    """Trains one captioner, saves it, and writes its scores to `result.json` last."""
+    """Trains one captioner and saves it. At the end it writes the scores to `result.json`."""
     set_seed(seed)
     folder = output_dir / f"{method}-seed{seed}"
     accelerator = make_accelerator(recipe.training, training_folder(folder))
@@ -196,13 +198,13 @@ def run(recipe: CaptionRecipe, method: str, seed: int, output_dir: Path, resume:
 
 
 def run_nearest(recipe: CaptionRecipe, seed: int, output_dir: Path) -> None:
-    """Scores the captions of the nearest training pictures. Nothing is trained or drawn: all seeds are the same."""
+    """Scores the nearest-neighbour baseline. Nothing is trained or drawn at random, so all seeds give the same."""
     accelerator = make_accelerator(recipe.training)
     data = load_caption_data(recipe.data)
     captions = training_captions(accelerator, recipe, data)
     processor = make_processor(recipe, captions)
     model = make_model(recipe, "nearest", processor)
-    plain = replace(recipe, feature_views=1)  # the pictures as they are
+    plain = replace(recipe, feature_views=1)  # only the pictures as they are, without augmentation
     examples = make_examples(plain, model, processor.image_processor, data, output_dir / "features", accelerator)
     train_features, train_captions = (
         examples[recipe.data.train_split].views[0],
@@ -228,11 +230,11 @@ def main() -> None:
     methods = args.methods or [recipe_method(recipe.model)]
     if "nearest" in methods and (not frozen or recipe.data.streaming):
         raise ValueError(
-            "`nearest` needs features of a pretrained encoder, and all of them: set `encoder` and "
-            "`model.freeze_encoder`, and leave out `data.streaming`."
+            "`nearest` needs features of a pretrained encoder for all images: set `encoder` and "
+            "`model.freeze_encoder`, and do not set `data.streaming`."
         )
     output_dir = args.output_dir or Path("outputs") / recipe.name
-    # Without anything random the floor needs no second seed.
+    # The nearest-neighbour baseline is not random and needs no second seed.
     runs = [(m, seed) for m in methods for seed in (args.seeds[:1] if m == "nearest" else args.seeds)]
     folders = {(method, seed): output_dir / f"{method}-seed{seed}" for method, seed in runs}
     for (method, seed), folder in folders.items():

@@ -1,8 +1,8 @@
-"""Train image classifiers by a recipe, TDD and its rival MDD alike, and print their accuracies side by side.
+"""Train image classifiers by a recipe, both TDD and its baseline MDD, and print their accuracies side by side.
 
     python scripts/train_classification.py scripts/recipes/digits.yaml --methods tdd mdd --seeds 0 1 2
 
-Each (method, seed) is a run of its own with a result file; a repeated command does only what is missing.
+Each pair of a method and a seed is a run with its own result file. A repeated command does only the missing runs.
 """
 
 import json
@@ -40,7 +40,7 @@ from modeling_tdd.training.streaming import make_stream_loader, report_problems
 
 @torch.inference_mode()
 def accuracy(accelerator: Accelerator, model: TDDForImageClassification, loader: DataLoader, **settings: Any) -> float:
-    """Top-1 accuracy over a loader, all processes together."""
+    """Top-1 accuracy on the data of a loader, over all processes."""
     model.eval()
     correct = total = 0
     for batch in loader:
@@ -66,7 +66,7 @@ def accuracy_grid(
 
 
 def run(recipe: Recipe, method: str, seed: int, folder: Path, resume: str) -> None:
-    """Trains one model, saves it to `folder`, and writes its accuracies to `folder/result.json` last."""
+    """Trains one model and saves it to `folder`. At the end it writes the accuracies to `folder/result.json`."""
     set_seed(seed)
     accelerator = make_accelerator(recipe.training, training_folder(folder))
     train_data, eval_data, names = load_classification_data(recipe.data)
@@ -108,7 +108,8 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, resume: str) -> No
 
 
 def result_table(results: list[dict[str, Any]]) -> str:
-    """Top-1 in percent: a row a method and guidance scale, a column a number of steps; mean and spread over seeds."""
+    """Top-1 accuracy in percent, as mean and standard deviation over seeds. The table has one row per method and
+    guidance scale, and one column per number of steps."""
     cells: dict[tuple[str, float], dict[int, list[float]]] = {}
     for result in results:
         for entry in result["accuracy"]:
@@ -124,7 +125,7 @@ def result_table(results: list[dict[str, Any]]) -> str:
 
 
 def show_prediction(folder: Path, eval_data: Dataset) -> None:
-    """Classifies a held-out image, as a file, with the saved checkpoint, as any user would."""
+    """Classifies a held-out image with the saved checkpoint, as a user would: from a file, by a pipeline."""
     example = eval_data[0]
     file = folder / "example.png"
     example["image"].save(file)

@@ -48,8 +48,8 @@ def trainable(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 @pytest.mark.parametrize("width, layers", [(128, 2), (192, 3)])
-def test_of_tdds_size(width: int, layers: int, tie_word_embeddings: bool) -> None:
-    """At the sizes of the emoji comparisons: at most TDD's parameters, and at least nine tenths of them."""
+def test_size_is_close_to_that_of_tdd(width: int, layers: int, tie_word_embeddings: bool) -> None:
+    """At the sizes of the emoji comparisons it has between nine tenths and all of TDD's number of parameters."""
     fields = {
         "vision_config": ViTConfig(image_size=16, patch_size=8, hidden_size=256, num_attention_heads=4),
         "vocab_size": 1748,
@@ -106,7 +106,9 @@ def test_generate_is_greedy_and_padded(
     assert sequences[0].tolist() == tokens + [PAD] * (8 - len(tokens))
     features = model.model.get_image_features(pixel_values).pooler_output
     torch.testing.assert_close(model.generate(image_features=features), sequences)
-    torch.testing.assert_close(model.generate(pixel_values[2:3])[0], sequences[2])  # whatever the rest of its batch
+    torch.testing.assert_close(
+        model.generate(pixel_values[2:3])[0], sequences[2]
+    )  # independent of the rest of the batch
     # Where every caption ends at once, the rest of the places is padding.
     with torch.no_grad():
         model.decoder.lm_head.weight.zero_()
@@ -177,7 +179,7 @@ def test_nearest_captions() -> None:
     train = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]]).half()
     queries = torch.tensor([[[0.2, 9.0], [0.0, 9.0]], [[5.0, 1.0], [5.0, -1.0]], [[-2.0, 0.5], [-2.0, 0.5]]])
     assert nearest_captions(queries, train, ["east", "north", "west"], batch_size=2) == ["north", "east", "west"]
-    with pytest.raises(ValueError, match="must be as many, got 3 and 1"):
+    with pytest.raises(ValueError, match="must have the same length, got 3 and 1"):
         nearest_captions(queries, train, ["east"])
 
 
@@ -186,7 +188,7 @@ def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def test_script_compares_with_both(tmp_path: Path) -> None:
+def test_script_compares_with_both_baselines(tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     config = ViTConfig(
         image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
@@ -213,8 +215,8 @@ def test_script_compares_with_both(tmp_path: Path) -> None:
     folder = tmp_path / "outputs/emoji"
     runs = {path.parent.name for path in folder.glob("*/result.json")}
     assert runs == {"tdd-seed3", "tdd-seed4", "ar-seed3", "ar-seed4", "nearest-seed3"}
-    (floor,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
-    assert (floor["split"], floor["exact_match"], floor["fluent"]) == ("validation", 1, 1)  # each finds itself
+    (nearest,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
+    assert (nearest["split"], nearest["exact_match"], nearest["fluent"]) == ("validation", 1, 1)  # each finds itself
     (entry,) = json.loads((folder / "ar-seed4/result.json").read_text())["scores"]
     assert "num_inference_steps" not in entry and 0 <= entry["token_f1"] <= 1
     assert isinstance(AutoregressiveCaptioner.from_pretrained(folder / "ar-seed4"), AutoregressiveCaptioner)
@@ -224,7 +226,7 @@ def test_script_compares_with_both(tmp_path: Path) -> None:
     assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
 
     done = run_script("train_captioning.py", tmp_path, *arguments, "--set", *settings, "encoder=null")
-    assert "ValueError: `nearest` needs features of a pretrained encoder" in done.stderr
+    assert "ValueError: `nearest` needs features of a pretrained encoder for all images" in done.stderr
 
 
 # ---- The plot and its table
@@ -234,7 +236,7 @@ SPLITS = ("validation", "test_combo")
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Runs of made-up scores, in the files that scripts/train_captioning.py writes."""
+    """Folders of runs with made-up scores, in the format of scripts/train_captioning.py."""
     made = []
     for method, schedule in (("tdd", "calibrated"), ("tdd", "cosine"), ("mdd", "cosine"), ("ar", ""), ("nearest", "")):
         for seed in (0,) if method == "nearest" else (0, 1, 2):
@@ -272,14 +274,14 @@ def test_scores_are_gathered_over_seeds(folders: list[Path]) -> None:
     assert len(table) == 2 + 5 * 4
 
 
-def test_runs_that_are_no_seeds_of_one_another_are_refused(folders: list[Path], tmp_path: Path) -> None:
+def test_runs_with_the_same_seed_and_settings_are_refused(folders: list[Path], tmp_path: Path) -> None:
     longer = tmp_path / "longer/tdd-seed0"
     longer.parent.mkdir()
     folders[0].rename(longer)
     longer.parent.joinpath("other").mkdir()
     with pytest.raises(ValueError, match="other has no result.json: give folders of finished runs"):
         read_results([longer.parent / "other"])
-    with pytest.raises(ValueError, match="longer/tdd-seed0 and .* have the same method, schedule and seed"):
+    with pytest.raises(ValueError, match="longer/tdd-seed0 and .* the same method, schedule, weightings and seed"):
         read_results([longer, folders[1], longer])
 
 
@@ -294,3 +296,35 @@ def test_plot_script(folders: list[Path], tmp_path: Path) -> None:
         colors = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)}
     assert {"#0072B2", "#D55E00", "#009E73"} <= colors  # the three lines with steps
     assert "#CC79A7" not in colors  # no fourth
+
+
+def test_plot_script_names_the_weightings_that_differ(tmp_path: Path) -> None:
+    """Runs of scripts/train_classification.py by the recipes of Fig. 5."""
+    folders = []
+    for input_weighting in ("none", "visibility"):
+        for loss_weighting in ("alpha_bar", "none"):
+            for seed in (0, 1):
+                folder = tmp_path / f"input_{input_weighting}_{loss_weighting}/tdd-seed{seed}"
+                grid = [{"num_inference_steps": n, "guidance_scale": 1.0, "top1": 0.01 * n} for n in (1, 50)]
+                recipe = {"data": {"eval_split": "validation"}}
+                write_json(folder / "result.json", {"method": "tdd", "seed": seed, "recipe": recipe, "accuracy": grid})
+                fields = {"input_weighting": input_weighting, "loss_weighting": loss_weighting, "num_labels": 5}
+                TDDConfig(noise_schedule="cosine", **fields).to_json_file(folder / "config.json", use_diff=False)
+                folders.append(folder)
+    labels = [line.label for line in collect_scores(read_results(folders), "validation", "top1")]
+    assert labels == [
+        f"tdd, cosine, input {weighting}, {word} coefficient"
+        for weighting in ("none", "visibility")
+        for word in ("with", "without")
+    ]
+    with_coefficient = [line.label for line in collect_scores(read_results(folders[:2]), "validation", "top1")]
+    assert with_coefficient == ["tdd, cosine"]
+    done = run_script("plot_steps.py", tmp_path, *map(str, folders), "--output", "fig5.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, _, first, *_ = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, first)]
+    assert cells[0][:6] == ["method", "schedule", "input weighting", "loss weighting", "guidance", "metric"]
+    assert cells[1][:7] == ["tdd", "cosine", "none", "alpha_bar", "1", "top1", "1.00 ± 0.00"]
+    with Image.open(tmp_path / "fig5.png") as image:
+        colors = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)}
+    assert {"#0072B2", "#D55E00", "#009E73", "#CC79A7"} <= colors

@@ -339,7 +339,7 @@ def test_metrics_together():
     assert "fluent" not in caption_metrics(["a cat"], [["a cat"]])
     with pytest.raises(ValueError, match="a list of captions for each image, got a string"):
         caption_metrics(["a cat"], ["a cat"])
-    with pytest.raises(ValueError, match="as many, and at least one, got 2 and 1"):
+    with pytest.raises(ValueError, match="must have the same length, at least 1, got 2 and 1"):
         caption_metrics(["a cat", "a dog"], [["a cat"]])
 
 

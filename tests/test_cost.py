@@ -60,7 +60,7 @@ def test_parameters_of_the_papers_tables(name):
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - TABLES[name]) < 1
 
 
-def test_rows_of_table_2_differ_in_what_they_are_about():
+def test_rows_of_table_2_differ_in_one_ablation_each():
     base = load_recipe(RECIPES / "table1/tdd_vit_b16.yaml")
     changed = {}
     for path in RECIPES.glob("table2/*.yaml"):
@@ -77,8 +77,7 @@ def test_rows_of_table_2_differ_in_what_they_are_about():
     assert changed.pop("no_guidance") == {"condition_dropout": 0.0}
     assert changed.pop("no_coefficient") == {"loss_weighting": "none"}
     assert changed.pop("softmax_sampling") == {"sampling_strategy": "multinomial"}
-    assert changed.pop("argmax_sampling") == {"sampling_strategy": "argmax"}
-    assert set(map(str, changed.values())) == {"{}"}  # the paper's defaults
+    assert not any(changed.values())  # the rest are the paper's defaults
 
 
 # ---- Operations and memory
@@ -134,7 +133,7 @@ def test_operations_of_the_papers_model_are_those_of_the_closed_form():
     assert abs(cost.encoder_parameters / 1e6 - 87) < 1 and abs(cost.parameters / 1e6 - 111) < 1
 
 
-def test_memory_of_the_ways_to_train(make_model):
+def test_memory_of_replicated_and_sharded_training(make_model):
     model = make_model()
     whole, half = (training_cost(model, (16, 16), precision) for precision in ("no", "bf16"))
     ddp, fsdp = whole.memory(8), whole.memory(8, devices=4, shard=True)
@@ -174,7 +173,7 @@ process_time = time.process_time  # other processes on the machine do not count
 
 
 def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_config):
-    """Three tries: what shares the processor's caches changes between measuring and stepping."""
+    """There are three tries, since other processes that share the processor's caches disturb the measurement."""
     vision_config.hidden_size, vision_config.intermediate_size = 128, 512
     model = make_model(hidden_size=128, intermediate_size=512, num_labels=200).train()
     cost = training_cost(model, (16, 16))
@@ -194,7 +193,7 @@ def test_script_measures_and_prints_its_formula(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "digits.yaml"), "--measure"])
     runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
     output = capsys.readouterr().out
-    assert "| encoder, an image" in output and "measured now" in output
+    assert "| encoder, per image" in output and "measured now" in output
     assert "epoch = 22 steps x step = " in output and "training = 50 epochs = " in output
     step, images = re.search(r"= ([\d.e-]+) s for (\d+) images", output).groups()
     assert int(images) == 64 and 1e-4 < float(step) < 60

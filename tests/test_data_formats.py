@@ -106,7 +106,7 @@ def test_a_stream_names_its_shards_and_knows_its_size(tmp_path: Path) -> None:
     recipe.streaming, recipe.num_labels = True, 3
     train, _, _ = load_classification_data(recipe)
     assert [Path(name).name for name in train.shard_names] == [f"train-{i:06d}.tar" for i in range(3)]
-    assert train.num_examples is None  # tar files say nothing of it
+    assert train.num_examples is None  # tar files do not say it
     write_class_folders(tmp_path / "folders")
     train, _, _ = load_classification_data(
         DataRecipe("imagefolder", data_dir=str(tmp_path / "folders"), streaming=True)
@@ -134,7 +134,7 @@ def test_missing_splits_and_columns_of_a_stream_are_named(tmp_path: Path) -> Non
         load_caption_data(CaptionDataRecipe(**fields, caption_column="label"))
 
 
-def test_bad_images_of_class_folders_are_skipped_counted_and_named(tmp_path: Path, caplog) -> None:
+def test_bad_images_of_class_folders_are_skipped_and_reported(tmp_path: Path, caplog) -> None:
     write_class_folders(tmp_path)
     short = tmp_path / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
     short.write_bytes(noise_bytes())
@@ -157,10 +157,10 @@ def test_a_broken_first_shard_of_a_webdataset_does_not_hide_the_others(tmp_path:
     assert len(train.shard_names) == 3
 
 
-def test_rows_of_a_stream_that_are_no_examples(tmp_path: Path) -> None:
+def test_rejected_rows_of_a_stream(tmp_path: Path) -> None:
     members = {"0.jpg": b"no image", "0.txt": b"a cat", "1.jpg": noise_bytes(), "1.txt": b" ", "2.txt": b"a dog"}
     for split in ("train", "validation"):
-        # The first rows decide the columns
+        # The first rows determine the columns
         write_tar(
             tmp_path / f"{split}-0.tar", {f"{i}.{e}": members[f"1.{e}"] for i in "abcde" for e in ("jpg", "txt")}
         )

@@ -308,7 +308,7 @@ def test_projected_schedule_makes_the_tokens_share_of_its_projection_fall_evenly
 
 
 def test_calibrated_schedule_leaves_most_of_the_projection_to_noise() -> None:
-    """The fault that the projected schedule corrects: the best guess is nearly always right, but few readers see it."""
+    """The fault that `projected` corrects: the best guess is nearly always right, but few readers see it."""
     config = TDDConfig(num_labels=1748, hidden_size=128, num_attention_heads=1, noise_schedule="calibrated")
     assert NoiseSchedule.from_config(config).visibility[1:].max() < 0.3
 

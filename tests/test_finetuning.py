@@ -46,7 +46,7 @@ import train_captioning  # noqa: E402
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    """Transformers' defaults, but for what keeps a test small."""
+    """Transformers' defaults, except for settings that keep a test small."""
     defaults = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return TrainingArguments(str(folder), **{**defaults, **quiet, **settings})
@@ -62,7 +62,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def shapes() -> Dataset:
-    """24 pictures of 5 classes, each of its own colour."""
+    """24 pictures of 5 classes. Each class has its own colour."""
     colours = ["red", "green", "blue", "white", "black"]
     images = [PILImage.new("RGB", (16, 16), colours[i % 5]) for i in range(24)]
     features = Features({"image": Image(), "label": ClassLabel(names=colours)})
@@ -78,7 +78,7 @@ def image_processor() -> ViTImageProcessor:
 def make_classification_trainer(
     tmp_path: Path, make_model: Callable, shapes: Dataset, image_processor: ViTImageProcessor
 ) -> Callable[..., Trainer]:
-    """A function from callbacks and training arguments to a trainer of a tiny classifier, always the same one."""
+    """Returns a function that makes a trainer of a tiny classifier, always the same, from callbacks and arguments."""
 
     def make(*callbacks: TrainerCallback, model_fields: dict[str, Any] | None = None, **settings: Any) -> Trainer:
         torch.manual_seed(0)
@@ -100,10 +100,11 @@ def make_classification_trainer(
 
 
 class RecordWeights(TrainerCallback):
-    """The weights after each step, as `Trainer` steps them, and their average as timm computes it from them."""
+    """The weights before training and after each step, and their average as timm computes it from them."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
+        self.start = weights(model)
         self.raw, self.average = [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -112,7 +113,7 @@ class RecordWeights(TrainerCallback):
         self.average.append(weights(self.ema.module))
 
 
-def test_average_is_what_is_evaluated_saved_and_left_behind(make_classification_trainer):
+def test_the_average_is_evaluated_and_saved_and_stays_in_the_model(make_classification_trainer):
     schedule = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4}
     record = RecordWeights()
     make_classification_trainer(record, folder="without", **schedule).train()
@@ -136,6 +137,19 @@ def test_average_is_what_is_evaluated_saved_and_left_behind(make_classification_
     assert equal(trainer.model.state_dict(), record.average[-1])
 
 
+def test_without_warmup_the_decay_is_constant(make_classification_trainer):
+    record = RecordWeights()
+    make_classification_trainer(record, folder="without", max_steps=4, save_strategy="no").train()
+    trainer = make_classification_trainer(EMACallback(0.9, warmup=False), max_steps=4, save_strategy="no")
+    trainer.train()
+    expected = record.start
+    for raw in record.raw:
+        expected = {name: 0.9 * average + 0.1 * raw[name] for name, average in expected.items()}
+    torch.testing.assert_close(weights(trainer.model), expected)
+    moved = torch.cat([(record.average[-1][name] - average).flatten() for name, average in expected.items()])
+    assert moved.abs().max() > 1e-3  # with warm-up the average is another one
+
+
 def test_best_checkpoint_is_the_best_average(make_classification_trainer):
     settings = {"eval_strategy": "steps", "save_strategy": "best", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = make_classification_trainer(EMACallback(0.9), max_steps=8, learning_rate=3e-2, **settings)
@@ -147,7 +161,7 @@ def test_best_checkpoint_is_the_best_average(make_classification_trainer):
     assert equal(trainer.model.state_dict(), TDDForImageClassification.from_pretrained(best).state_dict())
 
 
-def test_what_the_average_cannot_do_is_refused(make_classification_trainer, tmp_path):
+def test_settings_that_the_average_does_not_support_are_refused(make_classification_trainer, tmp_path):
     with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.5"):
         EMACallback(decay=1.5)
     trainer = make_classification_trainer(EMACallback(), max_steps=1)
@@ -168,7 +182,7 @@ class SaveAlways(TrainerCallback):
         control.should_save = True
 
 
-def test_a_callback_that_saves_comes_first(make_classification_trainer):
+def test_a_callback_that_saves_must_come_first(make_classification_trainer):
     with pytest.raises(ValueError, match="must come before it"):
         make_classification_trainer(EMACallback(), SaveAlways(), max_steps=1, save_strategy="no").train()
     make_classification_trainer(SaveAlways(), EMACallback(), max_steps=1, save_strategy="no").train()
@@ -178,7 +192,7 @@ def test_a_callback_that_saves_comes_first(make_classification_trainer):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(make_classification_trainer):
-    """With MDD's classifier, which draws nothing: its steps can be compared one by one."""
+    """With the classifier of MDD, which draws nothing at random, single steps can be compared."""
     norms = []
     for batch, accumulation in ((8, 1), (2, 4)):
         trainer = make_classification_trainer(
@@ -202,7 +216,7 @@ def test_half_precision_training_keeps_float32_weights(make_classification_train
     assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
 
 
-def test_draws_of_a_row_depend_on_seed_epoch_and_row_alone(shapes, image_processor):
+def test_draws_of_a_row_depend_only_on_seed_epoch_and_row(shapes, image_processor):
     noisy = shapes.map(lambda row, i: {"image": PILImage.effect_noise((16, 16), 60).convert("RGB")}, with_indices=True)
     transform = build_train_transform(AugmentationRecipe(scale=(0.2, 0.6), auto_augment="rand-m9"), image_processor)
 
@@ -253,7 +267,7 @@ def test_classifier_reaches_93_percent_on_digits(tmp_path):
 
 
 def first_rows(split: str, count: int) -> Dataset:
-    """Of the embedded emoji."""
+    """The first rows of a split of the embedded emoji."""
     return load_dataset("parquet", data_files=str(EMOJI / f"{split}.parquet"), split="train").select(range(count))
 
 
@@ -279,7 +293,6 @@ def emoji_captioner(emoji: Dataset) -> tuple[TDDForCaptioning, TDDProcessor]:
         num_hidden_layers=2,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        loss_weighting="none",
         condition_dropout=0.0,
         **size,
     )
@@ -338,7 +351,7 @@ def test_caption_metrics_need_both_hooks(tmp_path, emoji, emoji_captioner):
 
 
 def check_lora(trainer: Trainer, base: nn.Module, before: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-    """Trains adapters, and checks that they learn alone, are averaged, load again, and merge."""
+    """Trains adapters, and checks that nothing else trains, that they are averaged, and that they load and merge."""
     trainer.train()
     changed = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
@@ -405,7 +418,7 @@ def test_lora_of_a_captioner(tmp_path, emoji, emoji_captioner):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_captioner_resumes_from_any_folder(tmp_path, emoji, emoji_captioner, rank):
-    """With adapters and without: what `Trainer` alone does not restore is the callback's to restore."""
+    """With adapters and without: the callback restores what `Trainer` does not."""
     model, processor = emoji_captioner
     start = weights(model)
     ends = []
@@ -429,7 +442,7 @@ def test_captioner_resumes_from_any_folder(tmp_path, emoji, emoji_captioner, ran
     assert equal(ends[0][0], ends[1][0]) and equal(ends[0][1], ends[1][1])
 
 
-def test_lora_without_a_place_is_refused(make_model):
+def test_lora_without_a_module_to_adapt_is_refused(make_model):
     with pytest.raises(ValueError, match="`target` must be one of denoiser, encoder, all, got 'head'"):
         add_lora(make_model(), 2, "head")
     with pytest.raises(ValueError, match="nothing to adapt"):
@@ -446,7 +459,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
 
 @pytest.fixture
 def digits_checkpoint(tmp_path: Path) -> Path:
-    """A tiny classifier of ten digits, untrained."""
+    """An untrained tiny classifier of ten digits."""
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = TDDConfig(vision_config=ViTConfig(image_size=8, patch_size=4, **size), num_labels=10, **size)
     folder = tmp_path / "digits"
@@ -456,7 +469,8 @@ def digits_checkpoint(tmp_path: Path) -> Path:
 
 
 def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkpoint):
-    """Killed while or after it writes a checkpoint in mid-epoch, with random crops and accumulated gradients."""
+    """The run is killed while or after it writes a checkpoint within an epoch. It has random crops and accumulated
+    gradients."""
     settings = [
         *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits"),
         *("--augmentation", '{"scale": [0.5, 1.0]}', "--ema_decay", "0.9", "--learning_rate", "0.001"),
@@ -488,7 +502,23 @@ def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkp
     assert scores[0] == scores[1]
 
 
-def test_half_written_checkpoints_are_passed_over(tmp_path, caplog):
+def test_script_can_keep_the_decay_constant(tmp_path, monkeypatch, digits_checkpoint):
+    output = tmp_path / "out"
+    run_here(
+        monkeypatch,
+        *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits", "--use_cpu"),
+        *("--ema_decay", "0.9", "--ema_warmup", "false", "--learning_rate", "0.001", "--warmup_steps", "0"),
+        *("--max_steps", "1", "--save_steps", "1", "--per_device_eval_batch_size", "360"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(output)),
+    )
+    start, average = load_file(digits_checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
+    last = load_file(output / f"checkpoint-1/{TRAINING_WEIGHTS_NAME}")
+    for name, trained in last.items():
+        torch.testing.assert_close(average[name], 0.9 * start[name] + 0.1 * trained)
+    assert any(not average[name].equal(trained) for name, trained in last.items())  # with warm-up it is a copy
+
+
+def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
     for step, state in ((5, "{}"), (10, "{}"), (15, '{"epoch": 0.'), (20, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -533,7 +563,7 @@ def test_script_gives_an_image_folder_a_new_head(tmp_path, monkeypatch, digits_c
     assert (output / "adapter/adapter_model.safetensors").exists()
 
 
-def test_script_goes_from_an_encoder_to_captions_and_on_to_others(tmp_path, monkeypatch):
+def test_script_trains_a_captioner_from_an_encoder_and_then_on_other_data(tmp_path, monkeypatch):
     encoder = tmp_path / "encoder"
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     ViTModel(ViTConfig(image_size=32, patch_size=16, **size), add_pooling_layer=False).save_pretrained(encoder)
@@ -561,8 +591,8 @@ def test_script_goes_from_an_encoder_to_captions_and_on_to_others(tmp_path, monk
     TDDForCaptioning.from_pretrained(tmp_path / "second")
 
 
-def test_recipe_goes_on_from_a_captioner(tmp_path, emoji_captioner):
-    """How VL-enriched goes to COCO with scripts/train_captioning.py."""
+def test_recipe_starts_from_a_captioner(tmp_path, emoji_captioner):
+    """So a captioner of VL-enriched is fine-tuned on COCO with scripts/train_captioning.py."""
     model, processor = emoji_captioner
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -576,7 +606,7 @@ def test_recipe_goes_on_from_a_captioner(tmp_path, emoji_captioner):
     assert equal(started.state_dict(), model.state_dict()) and started.config.timesteps_per_image == 3
 
 
-def test_script_wants_one_start(monkeypatch, tmp_path):
+def test_script_needs_either_a_model_or_an_encoder(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="one of --model and --encoder, got None and None"):
         run_here(monkeypatch, "--task", "classification", "--dataset", "digits", "--output_dir", str(tmp_path))
 
@@ -587,7 +617,7 @@ def test_label_smoothing_of_trainer_is_refused(monkeypatch, tmp_path):
         run_here(monkeypatch, *common, "--label_smoothing_factor", "0.1")
 
 
-def test_epoch_is_told_to_the_data(make_classification_trainer):
+def test_the_data_get_the_epoch(make_classification_trainer):
     epochs = []
     trainer = make_classification_trainer(EpochCallback(), num_train_epochs=3, save_strategy="no")
     trainer.train_dataset.set_epoch = epochs.append

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def author(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def stranger(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Somebody without the package."""
+    """A user without the package."""
     client = Client(hub.url, tmp_path_factory.mktemp("stranger"), blocked=("modeling_tdd",))
     yield client
     client.close()
@@ -148,7 +149,7 @@ def write_result(folder: Path, method: str, seed: int, token_f1: float, recipe: 
     ]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
-        (folder / "config.json").write_text(json.dumps({"noise_schedule": "projected"}))
+        shutil.copy(folder.with_name("tdd-seed0") / "config.json", folder)
     result = {"method": method, "seed": seed, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -160,7 +161,7 @@ def recipe() -> dict[str, Any]:
 
 @pytest.fixture
 def run_folder(make_captioner: Callable[..., TDDForCaptioning], recipe: dict[str, Any], tmp_path: Path) -> Path:
-    """A captioner's run folder with two more seeds and the rival's beside it."""
+    """A captioner's run folder, with those of two other seeds and of the baseline beside it."""
     folder = tmp_path / "emoji/tdd-seed0"
     make_captioner(vocab_size=len(WORDS)).save_pretrained(folder)
     TDDProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), make_tokenizer()).save_pretrained(folder)
@@ -187,13 +188,13 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
     assert rows[0] == ["method", "schedule", "guidance", "metric", "1 step", "10 steps", "10 less 1"]
     assert ["tdd", "projected", "1", "token_f1", "42.00 ± 2.00", "52.00 ± 2.00", "10.00 ± 0.00"] in rows
     assert ["mdd", "projected", "1", "token_f1", "38.00", "48.00", "10.00"] in rows
-    # The metadata tells of the published weights, not of the mean
+    # The metadata holds the scores of the published weights, not the mean.
     published = eval_results(results[0], "image-text-to-text", "emoji_mini", num_steps=10)
     values = {(entry.dataset_split, entry.metric_type): entry.metric_value for entry in published}
     assert values["validation", "f1"] == 50.0 and len(values) == 4
 
 
-def test_runs_that_do_not_compare_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
+def test_runs_with_different_recipes_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
     recipe["training"]["epochs"] = 1
     write_result(run_folder.with_name("tdd-seed3"), "tdd", 3, 0.9, recipe)
     with pytest.raises(ValueError, match="tdd-seed3 was trained by another recipe"):
@@ -235,7 +236,15 @@ def test_card_of_a_classifier(
     assert card.data.pipeline_tag == "image-classification" and not card_errors(str(card))
     [metric] = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
     assert metric == {"type": "accuracy", "value": 90.0, "name": "top1, 10 denoising steps"}
+    assert "batch size 64, learning rate 0.001, weight decay 0.05" in card.text
     assert "It knows 5 labels" in card.text and "Scores in %, one seed." in card.text
+
+    # A result from before there was `base_learning_rate`
+    del recipe["training"]["base_learning_rate"]
+    recipe["training"]["learning_rate"] = 0.25
+    (folder / "result.json").write_text(json.dumps(result))
+    code, output = author.run(PUBLISH, folder, "--dry-run")
+    assert code == 0 and "learning rate 0.25, weight" in ModelCard.load(folder / "README.md").text, output
 
 
 SHIPPED = ("digits", "emoji_captions")
@@ -253,7 +262,7 @@ def test_model_cards(path: Path, author: Client) -> None:
         assert "model-index" in text and (path.parent / plot).exists()
     else:
         assert "No weights are published yet" in text and "the paper's, not ours" in text
-        assert "model-index" not in text  # no figure of ours
+        assert "model-index" not in text  # it has no results of ours
 
 
 def test_an_invalid_card_is_refused(author: Client, tmp_path: Path) -> None:
@@ -279,7 +288,7 @@ def assert_same_captions(pulled: dict[str, torch.Tensor], folder: Path, image_fi
     assert torch.equal(pulled["sequences"], expected.sequences) and torch.equal(pulled["scores"], expected.scores)
 
 
-def test_published_checkpoint_says_the_same_and_a_failed_upload_leaves_it(
+def test_published_checkpoint_gives_the_same_captions_and_a_failed_upload_leaves_it(
     run_folder: Path, image_file: Path, hub: HubServer, author: Client, stranger: Client
 ) -> None:
     arguments = (PUBLISH, run_folder, "--repo-id", "user/captioner")

@@ -1,4 +1,4 @@
-"""Training over processes, through interruptions and mishaps: what `training/loop.py` promises of all of them."""
+"""The training loop with several processes, after interruptions, and after errors."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from torch.utils.data.sampler import BatchSampler
 
-from modeling_tdd.modeling_tdd import sum_by_timestep
+from modeling_tdd.loss_tdd import sum_by_timestep
 from modeling_tdd.training.seeding import EpochSampler, SeededDataset
 
 
@@ -43,7 +43,7 @@ def _child(folder: Path, options: dict[str, Any], environment: dict[str, str], m
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # not those that pytest captures
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # in place of those that pytest captures
     if max_file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     os.environ.update(environment)
@@ -77,19 +77,10 @@ def train(folder: Path, **options: Any) -> int:
     return finish(start(folder, **options))[0]
 
 
-def train_in_two_processes(folder: Path, fsdp: bool = False, **options: Any) -> list[int]:
+def train_in_two_processes(folder: Path, **options: Any) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment = {"MASTER_PORT": str(free.getsockname()[1])}
-    if fsdp:
-        environment |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        }
     return finish(*(start(folder, rank=rank, environment=dict(environment), **options) for rank in range(2)))
 
 
@@ -139,11 +130,11 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
     assert [place for _, place, _ in first] == list(range(32)) and list(sampler) == first
     sampler.set_epoch(1)
     assert [row for _, _, row in sampler] != rows
-    # Seed 4's first epoch is not seed 3's second, as a sum of the two would make it.
+    # The first epoch of seed 4 differs from the second epoch of seed 3. A sum of seed and epoch would make them equal.
     assert [row for _, _, row in EpochSampler(35, 8, seed=4)] != [row for _, _, row in sampler]
 
 
-def test_what_a_batch_draws_depends_on_its_place_alone():
+def test_what_a_batch_draws_depends_only_on_its_place():
     def batches(num_workers: int, skip: int = 0) -> list[torch.Tensor]:
         sampler = BatchSampler(EpochSampler(64, 16, seed=0), batch_size=4, drop_last=True)
         batch_sampler = list(sampler)[skip:]
@@ -162,7 +153,7 @@ def test_what_a_batch_draws_depends_on_its_place_alone():
 def test_losses_are_summed_by_tenths_of_the_timesteps():
     losses = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
     weight = torch.tensor([[1.0, 0.5], [2.0, 0.0]])
-    sums = sum_by_timestep(losses, weight, torch.tensor([1, 20]), num_timesteps=20)
+    sums = sum_by_timestep(losses, weight, torch.tensor([[1, 1], [20, 20]]), num_timesteps=20)
     assert sums[0].tolist() == [2.0, 1.5] and sums[9].tolist() == [8.0, 2.0] and sums.sum() == 13.5
     sums = sum_by_timestep(losses, weight, torch.tensor([[1, 2], [3, 20]]), num_timesteps=20)
     assert sums[0].tolist() == [2.0, 1.5] and sums[1].tolist() == [8.0, 2.0] and sums[9].tolist() == [0.0, 0.0]
@@ -199,10 +190,10 @@ def test_two_sharded_processes_end_with_the_weights_of_one_and_resume(unbroken: 
     assert_equal_but_for_rounding(load_file(tmp_path / "ema.safetensors"), averaged)
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(unbroken: Path, tmp_path: Path):
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_resume(unbroken: Path, tmp_path: Path):
     stopped = train_in_two_processes(tmp_path, events={"13": "SIGTERM to one"})
     assert stopped == [143, 143], output(tmp_path)
-    assert checkpoints(tmp_path)[-1] == "step-00000007"  # the step of device batch 13, of two a process
+    assert checkpoints(tmp_path)[-1] == "step-00000007"  # the step of device batch 13, with two per process
     assert train_in_two_processes(tmp_path) == [0, 0], output(tmp_path)
     assert_equal_but_for_rounding(weights(tmp_path), weights(unbroken))
 
@@ -226,29 +217,31 @@ def kill_and_resume(folder: Path, attempt: int, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("attempt", range(3))
-def test_a_killed_run_goes_on_to_the_same_weights(unbroken: Path, tmp_path: Path, attempt: int):
+def test_a_killed_run_resumes_to_the_same_weights(unbroken: Path, tmp_path: Path, attempt: int):
     kill_and_resume(tmp_path, attempt, unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(10, 20))
-def test_ten_killed_runs_of_ten_go_on_to_the_same_weights(unbroken: Path, tmp_path: Path, attempt: int):
+def test_ten_killed_runs_of_ten_resume_to_the_same_weights(unbroken: Path, tmp_path: Path, attempt: int):
     kill_and_resume(tmp_path, attempt, unbroken)
 
 
 @pytest.mark.parametrize(("event", "code"), [("SIGTERM to all", 143), ("SIGINT", 130)])
-def test_a_signal_saves_and_says_how_to_go_on(unbroken: Path, tmp_path: Path, event: str, code: int):
+def test_a_signal_saves_a_checkpoint_and_the_message_says_how_to_resume(
+    unbroken: Path, tmp_path: Path, event: str, code: int
+):
     # Device batch 29 is in step 8, which is no multiple of 3; the signal to all reaches the data worker too.
     assert train(tmp_path, events={"29": event}, num_workers=1) == code, output(tmp_path)
     assert checkpoints(tmp_path) == ["step-00000006", "step-00000008"]
     folder = tmp_path / "checkpoints/step-00000008"
-    assert f"Stopped by a signal. The same command goes on from {folder}." in output(tmp_path)
+    assert f"Stopped by a signal. The same command resumes from {folder}." in output(tmp_path)
     assert train(tmp_path, num_workers=1) == 0, output(tmp_path)
-    assert f"Going on from {folder}: step 8, epoch 2." in output(tmp_path)
+    assert f"Resuming from {folder}: step 8, epoch 2." in output(tmp_path)
     assert_same_weights(tmp_path, unbroken)
 
 
-def test_the_last_checkpoints_are_kept_and_none_or_a_path_go_back(unbroken: Path, tmp_path: Path):
+def test_the_last_checkpoints_are_kept_and_resume_takes_none_or_a_path(unbroken: Path, tmp_path: Path):
     assert checkpoints(unbroken) == ["step-00000018", "step-00000020"]
     copy = tmp_path / "run"
     shutil.copytree(unbroken, copy)
@@ -262,13 +255,14 @@ def test_the_last_checkpoints_are_kept_and_none_or_a_path_go_back(unbroken: Path
 
 def test_a_checkpoint_of_other_settings_is_refused(unbroken: Path, tmp_path: Path):
     source = str(unbroken / "checkpoints/step-00000020")
-    assert train(tmp_path, resume=source, learning_rate=2e-3, seed=1, eval_every=1) == 1
-    assert "other settings: learning_rate was 0.001, is 0.002; seed was 0, is 1. Go on with those" in output(tmp_path)
+    assert train(tmp_path, resume=source, base_learning_rate=3.2e-2, ema_warmup=False, seed=1, eval_every=1) == 1
+    differences = "base_learning_rate was 0.016, is 0.032; ema_warmup was True, is False; seed was 0, is 1"
+    assert f"other settings: {differences}. Use the same settings" in output(tmp_path)
     assert train(tmp_path, resume=str(unbroken)) == 1
     assert f"`resume` must be 'auto', 'none' or a checkpoint's folder, got '{unbroken}'" in output(tmp_path)
 
 
-# ---- Mishaps
+# ---- Errors
 
 
 def test_steps_that_are_not_finite_are_skipped_in_all_processes_and_counted(tmp_path: Path):
@@ -286,7 +280,7 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_last_good_checkpoint(t
     assert message + str(tmp_path / "checkpoints/step-00000006") in output(tmp_path)
 
 
-def check_full_disc(folder: Path, before: dict[str, bytes]) -> None:
+def check_full_disk(folder: Path, before: dict[str, bytes]) -> None:
     assert "The checkpoint of step 6 could not be written to" in output(folder), output(folder)
     assert f"The last good checkpoint is {folder / 'checkpoints/step-00000003'}" in output(folder)
     assert checkpoints(folder) == ["step-00000003"]
@@ -302,12 +296,12 @@ def until_step_3(tmp_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (tmp_path / "checkpoints/step-00000003").iterdir()}
 
 
-def test_a_file_that_cannot_grow_leaves_the_checkpoint_before(until_step_3: dict[str, bytes], tmp_path: Path):
+def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(until_step_3: dict[str, bytes], tmp_path: Path):
     # Enough for the weights and the log, too little for the optimiser's state of twice their size
     limit = len(until_step_3["optimizer.bin"]) * 3 // 4
     assert train(tmp_path, max_file_size=limit) == 1
-    check_full_disc(tmp_path, until_step_3)
-    assert train(tmp_path) == 0, output(tmp_path)  # with room again it goes on
+    check_full_disk(tmp_path, until_step_3)
+    assert train(tmp_path) == 0, output(tmp_path)  # with enough space it resumes
 
 
 def can_mount() -> bool:
@@ -316,7 +310,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="this system lets no user mount a file system of their own")
-def test_a_full_disc_leaves_the_checkpoint_before(
+def test_a_full_disk_leaves_the_previous_checkpoint(
     until_step_3: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ):
     size = int(1.1 * sum(map(len, until_step_3.values()))) + 2**16  # it is full while the weights are written
@@ -330,7 +324,7 @@ def test_a_full_disc_leaves_the_checkpoint_before(
     done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], timeout=2 * TIMEOUT)
     assert done.returncode == 1
     (tmp_path / "output.txt").write_text(output(tmp_path).replace(str(disc), str(tmp_path)))
-    check_full_disc(tmp_path, until_step_3)
+    check_full_disk(tmp_path, until_step_3)
 
 
 # ---- Streams
@@ -344,7 +338,7 @@ def test_an_epoch_of_streams_ends_for_all_when_one_ends(tmp_path: Path):
     assert log(tmp_path)[-1]["step"] == 6
 
 
-def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path):
+def test_a_stream_resumes_within_an_epoch(tmp_path: Path):
     options = {"stream": [64], "steps_per_epoch": 4}
     assert train(tmp_path / "unbroken", **options) == 0, output(tmp_path / "unbroken")
     assert train(tmp_path / "killed", events={"41": "SIGKILL"}, **options) == -9
@@ -356,7 +350,7 @@ def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path):
 # ---- Logs
 
 
-def test_log_says_what_a_run_does(unbroken: Path):
+def test_content_of_the_log(unbroken: Path):
     lines = log(unbroken)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(2, NUM_STEPS + 1, 2))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The stream of training batches: its shares, its order, its position, and what it does with what is broken."""
+"""The stream of training batches: sharding, order, position, and broken data."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> ShardedRows:
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Which pictures, and a random number as an augmentation draws it."""
+    """The numbers of the pictures, and random numbers in place of an augmentation."""
     return {"ids": torch.tensor([int(e["captions"][0]) for e in examples]), "draw": torch.rand(len(examples))}
 
 
@@ -54,14 +54,14 @@ def read_ids(loader: StreamLoader) -> list[int]:
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2), (4, 0), (8, 0)])
-def test_an_epoch_is_every_image_once_over_processes_and_workers(rows, processes, workers):
+def test_an_epoch_has_every_image_once_over_processes_and_workers(rows, processes, workers):
     """Eight readers share six shards; four have one or two of their own."""
     shares = [read_ids(make_loader(rows, p, processes, workers, batch_size=1)) for p in range(processes)]
     assert sorted(sum(shares, [])) == EVERYTHING
     assert all(shares)
 
 
-def test_order_is_of_seed_and_epoch(rows):
+def test_order_depends_on_seed_and_epoch(rows):
     loader = make_loader(rows)
     first, second = read_ids(loader), read_ids(loader)  # without `set_epoch` the next pass is the next epoch
     assert sorted(first) == sorted(second) == EVERYTHING
@@ -77,7 +77,7 @@ def test_a_block_mixes_shards(rows):
     assert sum(len(set(shards.tolist())) > 1 for shards in batches) >= 6
 
 
-def test_batches_are_the_same_whatever_the_global_random_state_and_leave_it_alone(rows):
+def test_batches_neither_depend_on_the_global_random_state_nor_change_it(rows):
     torch.manual_seed(1)
     first = [batch["draw"] for batch in make_loader(rows)]
     after = torch.rand(3)
@@ -87,8 +87,9 @@ def test_batches_are_the_same_whatever_the_global_random_state_and_leave_it_alon
 
 
 @pytest.mark.parametrize(("workers", "taken"), [(0, 1), (0, 7), (2, 3), (2, 10)])
-def test_resuming_in_mid_epoch_goes_on_exactly(rows, workers, taken):
-    """Whatever the workers had read ahead; through JSON, as a checkpoint keeps it; and on to the next epoch."""
+def test_resuming_within_an_epoch_is_exact(rows, workers, taken):
+    """It does not matter what the workers had read ahead. The position goes through JSON, as in a checkpoint, and the
+    run continues to the next epoch."""
 
     def batches(loader: StreamLoader) -> list[tuple[list[int], list[float]]]:
         return [(batch["ids"].tolist(), batch["draw"].tolist()) for batch in loader]
@@ -107,10 +108,12 @@ def test_resuming_in_mid_epoch_goes_on_exactly(rows, workers, taken):
     assert before + batches(resumed) + batches(resumed) == expected
 
 
-def test_a_position_belongs_to_its_readers(rows):
+def test_a_position_is_only_valid_for_the_same_readers(rows):
     state = make_loader(rows, process=0, processes=2).dataset.state_dict()
     for other in ({"process": 1, "processes": 2}, {"workers": 2, "processes": 2}, {"processes": 2, "seed": 5}):
-        with pytest.raises(ValueError, match="position belongs to its readers: it was kept for .*'num_processes': 2"):
+        with pytest.raises(
+            ValueError, match="only valid for the same readers: it was saved with .*'num_processes': 2"
+        ):
             make_loader(rows, **other).dataset.load_state_dict(state)
 
 
@@ -133,9 +136,9 @@ def test_length_of_an_epoch(rows):
 
 
 def break_webdataset(folder: Path) -> None:
-    """Twelve pictures of which six are left: a shard cut short, a picture cut short, one missing, an empty caption."""
+    """Breaks some of twelve pictures: a truncated shard, a truncated picture, a missing one and an empty caption."""
     write_webdataset(folder)
-    halve(folder / "train-000002.tar")  # pictures 8 and 9 stand in front of the break
+    halve(folder / "train-000002.tar")  # pictures 8 and 9 come before the break
     members = {}
     for index, picture, caption in [
         (4, picture_bytes(4), "picture 4"),
@@ -149,7 +152,7 @@ def break_webdataset(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (1, 2), (4, 0)])
-def test_broken_data_of_a_webdataset_are_skipped_counted_and_named(tmp_path, processes, workers):
+def test_broken_data_of_a_webdataset_are_skipped_and_reported(tmp_path, processes, workers):
     break_webdataset(tmp_path)
     fields = {"data_dir": str(tmp_path), "image_column": "jpg", "caption_column": "txt", "streaming": True}
     rows = open_caption_shards(CaptionDataRecipe("webdataset", **fields))
@@ -172,7 +175,7 @@ def test_broken_data_of_a_webdataset_are_skipped_counted_and_named(tmp_path, pro
         assert any(f"train-000001.tar, example {index}" in p and p.endswith(f": {problem}") for p in problems), text
 
 
-def test_missing_files_of_coco_are_skipped_counted_and_named(tmp_path):
+def test_missing_files_of_coco_are_skipped_and_reported(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "train2017/000000000007.jpg").unlink()
     recipe = CaptionDataRecipe("coco", data_dir=str(tmp_path), train_split="train2017", streaming=True)
@@ -182,13 +185,15 @@ def test_missing_files_of_coco_are_skipped_counted_and_named(tmp_path):
     assert "000000000007.jpg): unreadable image (FileNotFoundError)" in problem
 
 
-def test_broken_data_stop_the_run_when_asked_or_when_nothing_is_left(tmp_path):
+def test_broken_data_stop_the_run_if_asked_to_or_if_no_batch_is_left(tmp_path):
     break_webdataset(tmp_path)
     fields = {"data_dir": str(tmp_path), "image_column": "jpg", "caption_column": "txt", "streaming": True}
     rows = open_caption_shards(CaptionDataRecipe("webdataset", **fields))
     with pytest.raises(ValueError, match="train-00000"):
         read_ids(make_loader(rows, on_bad_example="raise"))
-    with pytest.raises(ValueError, match="Process 0 has not one batch of 50 good examples a worker. 4 problems: "):
+    with pytest.raises(
+        ValueError, match="Process 0 cannot fill one batch of 50 valid examples per worker. 4 problems: "
+    ):
         read_ids(make_loader(rows, batch_size=50))
 
 

@@ -52,7 +52,7 @@ def check_results(folder: Path) -> None:
     assert image is not None and captioner.tokenizer.eos_token == "[EOS]"
 
 
-def test_from_a_frozen_encoder_with_cached_features_and_again(tmp_path: Path) -> None:
+def test_from_a_frozen_encoder_with_cached_features_and_a_repeated_command(tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     ViTModel(tiny_encoder(), add_pooling_layer=False).save_pretrained(encoder)
     ViTImageProcessor(size={"height": 16, "width": 16}, do_convert_rgb=True).save_pretrained(encoder)
@@ -69,7 +69,7 @@ def test_from_a_frozen_encoder_with_cached_features_and_again(tmp_path: Path) ->
     assert run_script(tmp_path, *settings).count("is done already") == 2
 
 
-def test_with_an_encoder_that_learns_too(tmp_path: Path) -> None:
+def test_with_an_encoder_that_is_trained_too(tmp_path: Path) -> None:
     vision_config = {**tiny_encoder().to_diff_dict(), "model_type": "vit"}
     vision_config.pop("transformers_version", None)
     run_script(

@@ -1,7 +1,7 @@
-"""A training run of seconds through `modeling_tdd.training.loop.train`, for tests that start and kill processes.
+"""A training run of a few seconds with `modeling_tdd.training.loop.train`, for tests that start and kill processes.
 
-Everything that draws at random is on: crops of the data by all three generators, dropout, condition dropout, several
-timesteps an image; and gradient accumulation. `python tiny_training.py FOLDER '{"epochs": 2}'` runs it.
+Everything that draws at random is on: augmentation by all three generators, dropout, condition dropout, and several
+timesteps per image. Gradients are accumulated. `python tiny_training.py FOLDER '{"epochs": 2}'` runs it.
 """
 
 import json
@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import ViTConfig
 
@@ -30,7 +33,7 @@ DEVICE_BATCH_SIZE = 4
 
 
 class Images(Dataset):
-    """4 x 16 images and labels, a fifth more than whole batches."""
+    """Images and labels for four batches of 16, and 12 more, which do not fill a batch."""
 
     def __init__(self, num_images: int = 4 * BATCH_SIZE + 12):
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +48,7 @@ class Images(Dataset):
 
 
 class Stream(IterableDataset):
-    """The images in a row, each process's share, with a position to go on from."""
+    """A stream of the images of one process, with a position to resume from."""
 
     def __init__(self, images: Images, process: int, num_processes: int, lengths: list[int]):
         self.images = images
@@ -109,7 +112,7 @@ def make_model() -> TDDForImageClassification:
 
 
 class Disturbed(nn.Module):
-    """The model, with something done in front of the device batches whose number is given."""
+    """The model with disturbances at given device batches."""
 
     def __init__(self, model: nn.Module, events: dict[str, Any], process: int):
         super().__init__()
@@ -142,8 +145,20 @@ def evaluate(model: nn.Module) -> float:
     return (logits.argmax(-1) == images.labels).float().mean().item()
 
 
+def use_fsdp(accelerator: Accelerator) -> None:
+    """FSDP2 in processes on the CPU, for which Accelerate has plain DDP alone: what its `state` holds on GPUs."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
 def run(folder: Path, **options: Any) -> None:
-    """Trains and writes the final weights, averaged and not, to `ema.safetensors` and `model.safetensors`."""
+    """Trains, and writes the averaged final weights to `ema.safetensors`."""
     torch.set_num_threads(1)
     seed, resume, events = options.pop("seed", 0), options.pop("resume", "auto"), options.pop("events", None)
     stream, steps_per_epoch = options.pop("stream", None), options.pop("steps_per_epoch", None)
@@ -151,7 +166,7 @@ def run(folder: Path, **options: Any) -> None:
         "epochs": 5,
         "batch_size": BATCH_SIZE,
         "device_batch_size": DEVICE_BATCH_SIZE,
-        "learning_rate": 1e-3,
+        "base_learning_rate": 1.6e-2,  # 1e-3 for this batch size
         "warmup_epochs": 1,
         "ema_decay": 0.9,
         "mixed_precision": "no",
@@ -160,8 +175,11 @@ def run(folder: Path, **options: Any) -> None:
         "eval_every": 2,
         "trackers": [],
     }
+    fsdp = options.pop("fsdp", False)
     recipe = TrainingRecipe(**{**fields, **options})
     accelerator = make_accelerator(recipe, folder)
+    if fsdp:
+        use_fsdp(accelerator)
     if stream is None:
         loader = make_loader(accelerator, recipe, Images(), collate, shuffle=True, seed=seed)
     else:
@@ -171,6 +189,7 @@ def run(folder: Path, **options: Any) -> None:
     if events is not None:
         model = Disturbed(model, events, accelerator.process_index)
     ema = train(accelerator, recipe, model, loader, evaluate, "tiny", seed, resume, steps_per_epoch)
+    assert all(isinstance(parameter, DTensor) == fsdp for parameter in model.parameters())
     if accelerator.is_main_process:
         save_model(ema, str(folder / "ema.safetensors"))
     accelerator.wait_for_everyone()

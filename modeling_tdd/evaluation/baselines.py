@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""What TDD's captions are compared with, beside MDD: an autoregressive captioner, and the floor."""
+"""Baselines of captioning other than MDD: an autoregressive captioner, and the caption of the nearest image."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,23 +16,23 @@ from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel, check_lab
 
 
 class AutoregressiveConfig(TDDConfig):
-    """Configuration of [`AutoregressiveCaptioner`]: TDD's, of which it reads what is not about diffusion."""
+    """Configuration of [`AutoregressiveCaptioner`]: that of TDD, whose diffusion fields have no effect here."""
 
     model_type = "autoregressive_captioner"
-    _auto_class: ClassVar[None] = None  # its checkpoints bring no code
+    _auto_class: ClassVar[None] = None  # its checkpoints contain no code
 
 
 class AutoregressiveCaptioner(TDDPreTrainedModel):
     r"""
-    Transformers' GPT-NeoX as a captioner: the image's prefix stands in front of the caption, as in LLaVA.
+    An autoregressive captioner: Transformers' GPT-NeoX with the image's prefix in front of the caption, as in LLaVA.
 
-    Encoder and connector are TDD's own, and so is the shape of its layers: GPT-NeoX without parallel residuals is
-    pre-norm, with biases and a two-layer feed-forward network. Of the same width and depth it lacks only what belongs
-    to diffusion. (A decoder with cross-attention would have layers half as large again, and it would need a narrower
-    or a shallower network to be of the same size.)
+    Encoder and connector are those of TDD. The layers have the same form too: GPT-NeoX without parallel residuals is
+    pre-norm, with biases and a two-layer feed-forward network. At the same width and depth it only lacks the
+    parameters of the diffusion. A decoder with cross-attention would have layers that are half as large again. It
+    would have to be narrower or shallower to have the same size.
 
     Args:
-        config ([`AutoregressiveConfig`]): With `vocab_size`, `pad_token_id` and `eos_token_id`.
+        config ([`AutoregressiveConfig`]): A configuration with `vocab_size`, `pad_token_id` and `eos_token_id`.
     """
 
     config: AutoregressiveConfig
@@ -59,7 +59,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
                 use_parallel_residual=False,
                 pad_token_id=config.pad_token_id,
                 eos_token_id=config.eos_token_id,
-                bos_token_id=None,  # the image is the beginning
+                bos_token_id=None,  # captions begin after the image
             )
         )
         self.post_init()
@@ -72,7 +72,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
-        The loss of captions: the mean cross-entropy of their tokens and ends.
+        Computes the loss of captions: the mean cross-entropy of their tokens, `eos_token_id` included.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -89,7 +89,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
         tokens = labels.masked_fill(labels == -100, self.config.pad_token_id)
         check_label_range(tokens, self.config.vocab_size)
         inputs_embeds = torch.cat([prefix, self.decoder.get_input_embeddings()(tokens)], dim=1)
-        # The prefix is not predicted; its last place predicts the caption's first token.
+        # The prefix is not predicted. Its last place predicts the caption's first token.
         targets = tokens.masked_fill(tokens == self.config.pad_token_id, -100)
         targets = nn.functional.pad(targets, (prefix.shape[1], 0), value=-100)
         return self.decoder(inputs_embeds=inputs_embeds, labels=targets, use_cache=False, **kwargs)
@@ -102,14 +102,14 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
         **kwargs: Any,
     ) -> torch.LongTensor:
         r"""
-        Captions by greedy decoding.
+        Generates captions by greedy decoding.
 
         Args:
             pixel_values, image_features: As in [`~AutoregressiveCaptioner.forward`].
             kwargs: Arguments of Transformers' `generate`, such as `num_beams`.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, max_position_embeddings)`, padded behind the end.
+            `torch.LongTensor` of shape `(batch_size, max_position_embeddings)`: token ids, padded after the end.
         """
         prefix = self.model.get_prefix(pixel_values, image_features)
         length = self.config.max_position_embeddings
@@ -127,26 +127,31 @@ def nearest_captions(
     features: Tensor, train_features: Tensor, train_captions: Sequence[str], batch_size: int = 256
 ) -> list[str]:
     r"""
-    The floor that a captioner must beat: for each image the caption of the training image that is most like it.
+    The nearest-neighbour baseline: the caption of an image is that of the most similar training image.
 
     Args:
-        features (`torch.Tensor` of shape `(num_images, num_tokens, width)`): Of the images to caption.
-        train_features (`torch.Tensor` of shape `(num_train_images, num_tokens, width)`): Of the training images.
-        train_captions (`Sequence[str]`): A caption of each training image.
+        features (`torch.Tensor` of shape `(num_images, num_tokens, width)`): Features of the images to caption.
+        train_features (`torch.Tensor` of shape `(num_train_images, num_tokens, width)`):
+            Features of the training images.
+        train_captions (`Sequence[str]`): One caption of each training image.
 
     Returns:
-        `list[str]`: the captions with the highest cosine similarity of mean tokens; the first of equals.
+        `list[str]`: for each image, the caption of the training image with the highest cosine similarity of mean
+        tokens. Of several such images, the first one counts.
+
+    Raises:
+        `ValueError`: if `train_features` and `train_captions` differ in length.
     """
     if len(train_features) != len(train_captions):
         raise ValueError(
-            f"`train_features` and `train_captions` must be as many, got {len(train_features)} and "
+            f"`train_features` and `train_captions` must have the same length, got {len(train_features)} and "
             f"{len(train_captions)}."
         )
 
     def direction(batch: Tensor) -> Tensor:
         return torch.nn.functional.normalize(batch.float().mean(1), dim=-1)
 
-    # In batches, since cached features may be larger than the memory.
+    # Features are read in batches, since cached ones may be larger than the memory.
     keys = torch.cat([direction(batch) for batch in train_features.split(batch_size)])
     nearest = torch.cat([(direction(batch) @ keys.T).argmax(-1) for batch in features.split(batch_size)])
     return [train_captions[index] for index in nearest.tolist()]

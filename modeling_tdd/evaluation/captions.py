@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of captions. All are shares or means in [0, 1] over images, but for CIDEr, whose scale is [0, 10].
+"""Metrics of captions. All are shares or means over images in [0, 1], except CIDEr, which is in [0, 10].
 
-Tokens here are words and punctuation marks, whatever the model's tokenizer, so that all models are measured alike.
+The tokens of the metrics are words and punctuation marks, independent of the model's tokenizer. So the scores of
+models with different tokenizers are comparable.
 """
 
 import re
@@ -9,19 +10,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
-References = Sequence[Sequence[str]]  # of each image, its reference captions
+References = Sequence[Sequence[str]]  # the reference captions of each image
 Bigram = tuple[str, str]
 
-START, END = "<start>", "<end>"  # no token of `split_tokens` looks like these
+START, END = "<start>", "<end>"  # `split_tokens` never returns these
 
 
 def split_tokens(caption: str) -> list[str]:
-    """Words and punctuation marks: "medium-light tone" gives "medium", "-", "light", "tone"."""
+    """Splits a caption into words and punctuation marks: "medium-light tone" gives "medium", "-", "light", "tone"."""
     return re.findall(r"\w+|[^\w\s]", caption)
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
-    """Share of captions whose tokens are those of one of their references, in their order."""
+    """Share of captions with the same sequence of tokens as one of their references."""
     return _mean(
         any(split_tokens(prediction) == split_tokens(reference) for reference in captions)
         for prediction, captions in _pairs(predictions, references)
@@ -29,7 +30,7 @@ def exact_match(predictions: Sequence[str], references: References) -> float:
 
 
 def token_f1(predictions: Sequence[str], references: References) -> float:
-    """Mean over images of the best F1 with one of the references: of bags of tokens, in any order."""
+    """Mean over images of the F1 score of tokens, regardless of their order, with the best of the references."""
     return _mean(
         max(_bag_f1(Counter(split_tokens(prediction)), Counter(split_tokens(reference))) for reference in captions)
         for prediction, captions in _pairs(predictions, references)
@@ -41,27 +42,28 @@ def _bag_f1(prediction: Counter[str], reference: Counter[str]) -> float:
 
 
 def stutter_share(captions: Sequence[str]) -> float:
-    """Share of captions with a token twice in succession, such as "man : : light light skin tone".
+    """Share of captions with the same token twice in succession, such as "man : : light light skin tone".
 
-    Longer phrases do not count: "family: man, man, boy" repeats one rightly.
+    Repeated phrases of several tokens do not count, since "family: man, man, boy" is correct.
     """
     return _mean(any(first == second for first, second in _bigrams(caption)) for caption in captions)
 
 
 def seen_bigrams(captions: Iterable[str]) -> set[Bigram]:
-    """Every pair of neighbouring tokens of the captions, their starts and ends included."""
+    """All pairs of neighbouring tokens in the captions. Start and end of a caption count as tokens."""
     return {bigram for caption in captions for bigram in _bigrams(caption)}
 
 
 def fluent_share(captions: Sequence[str], seen: set[Bigram]) -> float:
     r"""
-    Share of captions all of whose pairs of neighbouring tokens stand in training captions.
+    Share of captions whose pairs of neighbouring tokens all occur in training captions.
 
-    The rest are impossible mixtures, such as "light - skin tone", or end too soon; new combinations of known parts are
-    fluent. A caption with a word that training lacks never is, so compare with the references' own share.
+    The other captions are mixtures such as "light - skin tone", or end too early. New combinations of known parts are
+    fluent. A caption with a word that the training captions lack is never fluent, so compare a score with that of the
+    references.
 
     Args:
-        captions (`Sequence[str]`): Captions to judge.
+        captions (`Sequence[str]`): The captions to score.
         seen (`set`): [`seen_bigrams`] of the training captions.
     """
     return _mean(seen.issuperset(_bigrams(caption)) for caption in captions)
@@ -86,10 +88,10 @@ def caption_metrics(
 
 def coco_metrics(predictions: Sequence[str], references: References) -> dict[str, float]:
     r"""
-    `bleu_4` and `cider` (CIDEr-D) by the code of COCO's evaluation. Needs `pip install modeling_tdd[eval]`.
+    `bleu_4` and `cider` (CIDEr-D), computed by the code of COCO's evaluation. Needs `pip install modeling_tdd[eval]`.
 
-    Tokens are lower-cased words, without punctuation. COCO's own tokenizer is a Java program (PTBTokenizer), which
-    splits differently in places, as at "don't": expect differences of a few tenths of a point from its figures.
+    Tokens are lower-cased words without punctuation. COCO's own tokenizer is a Java program (PTBTokenizer), which
+    splits some words such as "don't" differently. Expect differences of a few tenths of a point from its figures.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -110,7 +112,7 @@ def _pairs(predictions: Sequence[str], references: References) -> list[tuple[str
         raise ValueError("`references` must hold a list of captions for each image, got a string.")
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
-            "`predictions` and `references` must be as many, and at least one, got "
+            "`predictions` and `references` must have the same length, at least 1, got "
             f"{len(predictions)} and {len(references)}."
         )
     return list(zip(predictions, references))

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Quality against the number of denoising steps: result files side by side, as a table and as a plot."""
+"""Scores by the number of denoising steps: the results of several runs as a table and as a plot."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,47 +15,62 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WEIGHTINGS = ("input_weighting", "loss_weighting")
 METRICS = ("top1", "exact_match", "token_f1", "stutter", "fluent")
 PLOTTED = {"top1": "top-1, %", "exact_match": "exact match, %", "token_f1": "token F1, %"}
-# Okabe and Ito's colours, told apart by readers with any colour vision, less black and the yellow, too pale for lines.
+# Okabe and Ito's colours, which readers with any colour vision can distinguish. Black is left out, and so is yellow,
+# which is too pale for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#666666"
 LEVEL_STYLES = ("--", ":", "-.")
+MAX_SHORT_LABEL = 24  # characters; two columns of such labels fit above a panel
 
 
 class Line(NamedTuple):
-    """What a line of the plot and a row of the table share: all but the seed."""
+    """What the runs of one line of the plot have in common: everything but the seed.
+
+    `input_weighting` and `loss_weighting` are `None` where all runs that are shown together agree on them.
+    """
 
     method: str
     noise_schedule: str | None
+    input_weighting: str | None
+    loss_weighting: str | None
     guidance_scale: float | None
 
     @property
     def label(self) -> str:
-        guidance = "" if self.guidance_scale in (None, 1) else f"guidance {self.guidance_scale:g}"
-        return ", ".join(part for part in (self.method, self.noise_schedule, guidance) if part)
+        parts = [self.method, self.noise_schedule]
+        if self.input_weighting is not None:
+            parts.append(f"input {self.input_weighting}")
+        if self.loss_weighting is not None:
+            parts.append(f"{'without' if self.loss_weighting == 'none' else 'with'} coefficient")
+        if self.guidance_scale not in (None, 1):
+            parts.append(f"guidance {self.guidance_scale:g}")
+        return ", ".join(part for part in parts if part)
 
 
-# Scores of a line: of each number of steps those of all seeds. The key is `None` for methods without steps.
+# The scores of one line: for each number of steps, those of all seeds. The key is `None` for methods without steps.
 Scores = dict[int | None, list[float]]
 
 
 def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
     r"""
-    Result files of runs of one task.
+    Reads the results of several runs of one task.
 
     Args:
-        folders (`Iterable[Path]`): Of runs, each with a `result.json` and, but for methods without a model, a
+        folders (`Iterable[Path]`): Folders of runs. Each has a `result.json` and, unless its method has no model, a
             checkpoint.
 
     Returns:
-        `list[dict]`: of each run its result, a classifier's `accuracy` as `scores` of its one split, and its
-            `noise_schedule`, `None` for methods that do not denoise.
+        `list[dict]`: the result of each run. A classifier's `accuracy` becomes the `scores` of its one split. The
+            fields `noise_schedule`, `input_weighting` and `loss_weighting` are those of the run's configuration. The
+            schedule is `None` for methods that do not denoise; the weightings are TDD's alone, and `None` where all
+            of its runs agree on them.
 
     Raises:
-        `ValueError`: for a folder without a result, or two runs that differ in neither method, schedule nor seed: they
-            are no seeds of one another.
+        `ValueError`: for a folder without a result, or for two runs of the same method, schedule, weightings and seed.
     """
     results: list[dict[str, Any]] = []
     origin: dict[tuple, Path] = {}
@@ -65,20 +81,26 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
         if "accuracy" in result:
             split = result["recipe"]["data"]["eval_split"]
             result["scores"] = [{"split": split, **entry} for entry in result.pop("accuracy")]
-        # Not of the recipe, which leaves defaults out: they may have changed since.
+        # The recipe leaves defaults out, and they may have changed since.
         denoises = any("num_inference_steps" in entry for entry in result["scores"])
         config = json.loads((folder / "config.json").read_text()) if denoises else {}
+        config = {"input_weighting": "visibility", **config}  # how it was before the field existed
         result["noise_schedule"] = config.get("noise_schedule")
-        key = (result["method"], result["noise_schedule"], result["seed"])
+        for name in WEIGHTINGS:
+            result[name] = config.get(name) if result["method"] == "tdd" else None
+        key = tuple(result[name] for name in ("method", "noise_schedule", *WEIGHTINGS, "seed"))
         if key in origin:
-            raise ValueError(f"{origin[key]} and {folder} have the same method, schedule and seed: {key}.")
+            raise ValueError(f"{origin[key]} and {folder} have the same method, schedule, weightings and seed: {key}.")
         origin[key] = folder
         results.append(result)
+    for name in WEIGHTINGS:
+        if len({result[name] for result in results if result["method"] == "tdd"}) == 1:
+            results = [{**result, name: None} for result in results]
     return results
 
 
 def splits_of(results: list[dict[str, Any]]) -> list[str]:
-    """The splits that any result has scores of, in their order."""
+    """The splits that any result has scores for, in their order of appearance."""
     return list(dict.fromkeys(entry["split"] for result in results for entry in result["scores"]))
 
 
@@ -88,24 +110,28 @@ def metrics_of(results: list[dict[str, Any]]) -> list[str]:
 
 
 def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> dict[Line, Scores]:
-    """A metric's scores on a split, by line and number of steps."""
+    """The scores of a metric on a split, by line and number of steps."""
     lines: dict[Line, Scores] = {}
     for result in results:
         for entry in (entry for entry in result["scores"] if entry["split"] == split):
-            line = Line(result["method"], result["noise_schedule"], entry.get("guidance_scale"))
+            settings = (result[name] for name in ("method", "noise_schedule", *WEIGHTINGS))
+            line = Line(*settings, entry.get("guidance_scale"))
             lines.setdefault(line, {}).setdefault(entry.get("num_inference_steps"), []).append(entry[metric])
     return lines
 
 
 def score_table(results: list[dict[str, Any]], split: str) -> str:
-    """Scores in percent: a row a line and metric, a column a number of steps, and one for what iteration adds, the
-    most steps less the fewest. A model that ignores its noisy tokens gains nothing there. Methods without steps, if
-    any, have a last column of their own."""
+    """Scores in percent: one row per line and metric, and one column per number of steps. Another column shows what
+    iteration adds: the score with the most steps less that with the fewest. A model that ignores its noisy tokens
+    gains nothing there. Methods without steps, if any, have a last column of their own. The weightings have columns
+    where runs differ in them."""
     metrics = metrics_of(results)
     lines = {metric: collect_scores(results, split, metric) for metric in metrics}
     counts = {count for scores in lines[metrics[0]].values() for count in scores}
     steps = sorted(counts - {None})
-    header = ["method", "schedule", "guidance", "metric", *(f"{count} step{'s' * (count > 1)}" for count in steps)]
+    weightings = [name for name in WEIGHTINGS if any(getattr(line, name) is not None for line in lines[metrics[0]])]
+    header = ["method", "schedule", *(name.replace("_", " ") for name in weightings), "guidance", "metric"]
+    header += [f"{count} step{'s' * (count > 1)}" for count in steps]
     header += [f"{steps[-1]} less {steps[0]}"] if steps else []
     header += ["without steps"] if None in counts else []
     rows = []
@@ -113,7 +139,8 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
         guidance = "" if line.guidance_scale is None else f"{line.guidance_scale:g}"
         for metric in metrics:
             scores = lines[metric][line]
-            row = [line.method, line.noise_schedule or "", guidance, metric]
+            row = [line.method, line.noise_schedule or "", *(getattr(line, name) or "" for name in weightings)]
+            row += [guidance, metric]
             row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
             if steps:
                 iterated = steps[0] in scores and steps[-1] in scores
@@ -126,15 +153,19 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
 
 
 def plot_scores(results: list[dict[str, Any]]) -> "Figure":
-    """Top-1, or exact match and token F1, against the number of steps: a panel a split and metric, a line a [`Line`],
-    its mean and the standard deviation over seeds. Methods without steps are level lines in grey."""
+    """Top-1, or exact match and token F1, against the number of steps: one panel per split and metric, and in it one
+    line per [`Line`], with its mean and the standard deviation over seeds. Methods without steps are level lines in
+    grey."""
     from matplotlib.figure import Figure
 
     splits = splits_of(results)
     metrics = [metric for metric in metrics_of(results) if metric in PLOTTED]
-    figure = Figure(figsize=(3.5 * len(splits) + 0.4, 2.6 * len(metrics) + 0.4), layout="constrained")
-    grid = figure.subplots(len(metrics), len(splits), squeeze=False)
     styles = _line_styles(results, splits)
+    is_long = max(len(line.label) for line in styles) > MAX_SHORT_LABEL
+    columns = min(len(splits) if is_long else 2 * len(splits), len(styles))
+    legend_height = 0.2 * math.ceil(len(styles) / columns)
+    figure = Figure(figsize=(3.5 * len(splits) + 0.4, 2.6 * len(metrics) + legend_height), layout="constrained")
+    grid = figure.subplots(len(metrics), len(splits), squeeze=False)
     for panels, metric in zip(grid, metrics):
         panels[0].set_ylabel(PLOTTED[metric])
         for axes, split in zip(panels, splits):
@@ -144,13 +175,19 @@ def plot_scores(results: list[dict[str, Any]]) -> "Figure":
     for axes in grid[-1]:
         axes.set_xlabel("denoising steps")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
-    columns = min(2 * len(splits), len(handles))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9 if is_long else None,
+    )
     return figure
 
 
 def _line_styles(results: list[dict[str, Any]], splits: list[str]) -> dict[Line, dict[str, Any]]:
-    """One look a line in all panels, whether or not each has all lines."""
+    """The same look for a line in all panels, whether or not each panel has all lines."""
     metric = metrics_of(results)[0]
     lines = {
         line: None in scores for split in splits for line, scores in collect_scores(results, split, metric).items()
@@ -160,7 +197,7 @@ def _line_styles(results: list[dict[str, Any]], splits: list[str]) -> dict[Line,
     rounds = len(COLORS)
     styles: dict[Line, dict[str, Any]] = {}
     for index, line in enumerate(curves):
-        marker = MARKERS[(index + index // rounds) % len(MARKERS)]  # another one when the colours begin again
+        marker = MARKERS[(index + index // rounds) % len(MARKERS)]  # changes where a colour comes a second time
         styles[line] = {"color": COLORS[index % rounds], "marker": marker, "markersize": 5, "linewidth": 1.6}
     for index, line in enumerate(levels):
         styles[line] = {"color": GREY, "linestyle": LEVEL_STYLES[index % len(LEVEL_STYLES)], "linewidth": 1.3}
@@ -191,5 +228,5 @@ def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """In percent; the deviation of a single value is 0."""
+    """Mean and standard deviation in percent. The deviation of a single value is 0."""
     return 100 * statistics.fmean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0

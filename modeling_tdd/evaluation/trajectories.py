@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""How a caption comes about: its words at each step (Fig. 9) and what competed for each place (Fig. 10)."""
+"""Shows the denoising of a caption: the caption at each step (Fig. 9), and each place's likeliest tokens (Fig. 10)."""
 
 import math
 from collections.abc import Callable
@@ -22,13 +22,16 @@ def captions_at_each_step(
     model: TDDForCaptioning, outputs: TDDGenerationOutput, decode: Callable[[Tensor], str], row: int = 0
 ) -> list[tuple[int, str]]:
     r"""
-    The timesteps of a denoising loop, falling, and the caption that was predicted at each.
+    The captions that a denoising loop predicted, step by step.
 
     Args:
-        model ([`TDDForCaptioning`]): The model that generated.
-        outputs ([`TDDGenerationOutput`]): Its output, with the trajectory.
-        decode (`Callable`): From tokens to text.
-        row (`int`, *optional*, defaults to 0): Which of the captions.
+        model ([`TDDForCaptioning`]): The model that generated the output.
+        outputs ([`TDDGenerationOutput`]): An output of `generate` with the trajectory.
+        decode (`Callable`): A function from token ids to text.
+        row (`int`, *optional*, defaults to 0): Index of the caption in the output.
+
+    Returns:
+        `list[tuple[int, str]]`: the timestep and the caption of each step, the largest timestep first.
     """
     trajectory = outputs.trajectory
     drafts = pad_after_end(trajectory.tokens[row], model.config)
@@ -39,16 +42,17 @@ def token_trajectory(
     candidates: Tensor, candidate_log_probs: Tensor, num_candidates: int = 5
 ) -> tuple[list[int], Tensor]:
     r"""
-    The probabilities of the tokens that competed for one place.
+    The probabilities of the likeliest tokens of one place at each step.
 
     Args:
-        candidates (`torch.LongTensor` of shape `(num_steps, k)`): The likeliest tokens at each step.
-        candidate_log_probs (`torch.FloatTensor` of the same shape): Their log-probabilities.
-        num_candidates (`int`, *optional*, defaults to 5): How many to return.
+        candidates (`torch.LongTensor` of shape `(num_steps, k)`): The k likeliest tokens at each step.
+        candidate_log_probs (`torch.FloatTensor` of shape `(num_steps, k)`): Their log-probabilities.
+        num_candidates (`int`, *optional*, defaults to 5): The largest number of tokens to return.
 
     Returns:
-        The tokens, that of the last step first and then the likeliest over all steps, and their probabilities of
-        shape `(tokens, num_steps)`: NaN where a token was not among a step's k likeliest.
+        `tuple`: the tokens and their probabilities of shape `(num_tokens, num_steps)`. The first token is the
+        likeliest of the last step. The others are in the order of their total probability over all steps. A
+        probability is NaN where the token was not among the step's k likeliest.
     """
     tokens, index = candidates.unique(return_inverse=True)
     steps = torch.arange(len(candidates))[:, None]
@@ -64,13 +68,13 @@ def plot_token_trajectories(
     outputs: TDDGenerationOutput, decode: Callable[[Tensor], str], num_places: int, row: int = 0
 ) -> "Figure":
     r"""
-    A small heatmap a token: candidates by steps, in the colour of their probability.
+    Plots one heatmap per token of a caption: the probabilities of candidate tokens (rows) at each step (columns).
 
     Args:
-        outputs ([`TDDGenerationOutput`]): An output with the trajectory.
-        decode (`Callable`): From tokens to text, special tokens included.
-        num_places (`int`): How many of the caption's tokens to show, from the first.
-        row (`int`, *optional*, defaults to 0): Which of the captions.
+        outputs ([`TDDGenerationOutput`]): An output of `generate` with the trajectory.
+        decode (`Callable`): A function from token ids to text that keeps special tokens.
+        num_places (`int`): Number of the caption's tokens to show, from the first.
+        row (`int`, *optional*, defaults to 0): Index of the caption in the output.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +90,7 @@ def plot_token_trajectories(
             axes.set_visible(False)
             continue
         tokens, probabilities = token_trajectory(
-            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_log_probs[row, :, place].cpu()
+            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_scores[row, :, place].cpu()
         )
         image = axes.imshow(
             probabilities.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"

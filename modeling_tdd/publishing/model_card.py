@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""A run folder's model card: its data, recipe, scores over seeds with their plot, limits and citation."""
+"""Makes the model card of a run: data, recipe, scores over seeds with their plot, limits and citation."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from ..evaluation.step_curves import metrics_of, read_results, score_table, spli
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_FILE, PLOT_FILE = "README.md", "steps.png"
 TASKS = {"TDDForImageClassification": "image-classification", "TDDForCaptioning": "image-text-to-text"}
-METHODS = {"gaussian": "Tweedie discrete diffusion (TDD)", "mask": "masked discrete diffusion (MDD), TDD's rival"}
-HUB_METRICS = {"top1": "accuracy", "token_f1": "f1"}  # those that have another name on the Hub
+METHODS = {
+    "gaussian": "Tweedie discrete diffusion (TDD)",
+    "mask": "masked discrete diffusion (MDD), the baseline of TDD",
+}
+HUB_METRICS = {"top1": "accuracy", "token_f1": "f1"}  # metrics with another name on the Hub
 GLOSSARY = {
     "image-classification": "`top1`: the likeliest label is right.",
     "image-text-to-text": (
-        "`exact_match`: the whole caption is right; `token_f1`: overlap of its words with the reference's; `stutter`: "
-        "share of captions with a token twice in succession; `fluent`: share of those whose neighbouring words all "
-        "stand so in training captions."
+        "`exact_match`: the whole caption is right; `token_f1`: overlap of its words with those of the reference; "
+        "`stutter`: share of captions with the same token twice in succession; `fluent`: share of captions whose "
+        "pairs of neighbouring words all occur in training captions."
     ),
 }
 CITATION = """```bibtex
@@ -37,14 +40,18 @@ Result = dict[str, Any]
 
 def read_runs(folder: Path, others: list[Path] | None = None) -> list[Result]:
     r"""
-    The results of a run and of those to show beside it, the run's own first.
+    Reads the results of a run and of the runs to show beside it.
 
     Args:
-        folder (`Path`): A run folder, such as `outputs/emoji/tdd-seed0`.
-        others (`list[Path]`, *optional*): Folders of its other seeds and of its rivals. By default those beside it.
+        folder (`Path`): The folder of a run, such as `outputs/emoji/tdd-seed0`.
+        others (`list[Path]`, *optional*):
+            Folders of runs with other seeds and of baselines. By default those in the same folder as the run's.
+
+    Returns:
+        `list[Result]`: the results, that of the run itself first.
 
     Raises:
-        `ValueError`: if a folder has no result.json, or another's recipe is not the run's.
+        `ValueError`: if a folder has no result.json, or if the runs have different recipes.
     """
     if others is None:
         others = [file.parent for file in sorted(folder.resolve().parent.glob("*-seed*/result.json"))]
@@ -52,7 +59,7 @@ def read_runs(folder: Path, others: list[Path] | None = None) -> list[Result]:
     results = read_results([folder, *others])
     for other, result in zip(others, results[1:]):
         if result["recipe"] != results[0]["recipe"]:
-            raise ValueError(f"{other} was trained by another recipe than {folder}: their scores do not compare.")
+            raise ValueError(f"{other} was trained by another recipe than {folder}: their scores are not comparable.")
     return results
 
 
@@ -60,12 +67,17 @@ def make_card(
     results: list[Result], config: dict[str, Any], num_parameters: int, repo_id: str, num_steps: int
 ) -> ModelCard:
     r"""
+    Makes the model card of a run.
+
     Args:
-        results (`list[Result]`): As of [`read_runs`].
-        config (`dict`): The model's config.json.
-        num_parameters (`int`): Of the model.
+        results (`list[Result]`): Results of [`read_runs`].
+        config (`dict`): The content of the model's config.json.
+        num_parameters (`int`): Number of the model's parameters.
         repo_id (`str`): The model's name on the Hub, or its folder.
-        num_steps (`int`): Denoising steps that the model takes by default.
+        num_steps (`int`): Number of denoising steps that the model takes by default.
+
+    Returns:
+        `ModelCard`: the card.
     """
     own, recipe = results[0], results[0]["recipe"]
     task = TASKS[config["architectures"][0]]
@@ -105,7 +117,7 @@ def make_card(
 
 
 def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> list[EvalResult]:
-    """The published weights' own scores without guidance, at the number of steps nearest to the default's."""
+    """The scores of the published weights without guidance, at the number of steps nearest to the default."""
     unguided = [entry for entry in result["scores"] if entry["guidance_scale"] == 1]
     chosen = []
     for split in dict.fromkeys(entry["split"] for entry in unguided):
@@ -127,7 +139,7 @@ def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> l
 
 
 def describe_data(data: dict[str, Any]) -> tuple[str, str, str | None]:
-    """The data set's name, a sentence on it, and its README.md where one lies beside its files."""
+    """The name of the data set, a sentence about it, and the README.md beside its files, if there is one."""
     splits = data.get("eval_splits") or [data["eval_split"]]
     usage = f"Trained on `{data['train_split']}`, scored on {', '.join(f'`{split}`' for split in splits)}."
     if data["path"] == "digits":
@@ -138,14 +150,14 @@ def describe_data(data: dict[str, Any]) -> tuple[str, str, str | None]:
     folder = Path(local) if data["data_dir"] else Path(local).parent
     readme = folder / "README.md"
     text = None
-    if readme.exists():  # less its title; its headings stand below the card's
+    if readme.exists():  # without the title, and with headings of a lower level than the card's
         lines = [line for line in readme.read_text().splitlines() if not line.startswith("# ")]
         text = "\n".join(f"##{line}" if line.startswith("#") else line for line in lines).strip()
     return folder.name, f"`{folder.name}`, read by `datasets` as {data['path']}. {usage}", text
 
 
 def without_machine_paths(value: Any) -> Any:
-    """A recipe with the last two parts of each absolute path: the layout of the author's disc is no one's business."""
+    """A recipe with only the last two parts of each absolute path, so that the author's folders are not published."""
     if isinstance(value, dict):
         return {key: without_machine_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,6 +177,8 @@ def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
     training = recipe["training"]
+    # Results from before there was `base_learning_rate` state the learning rate itself.
+    rate = training.get("learning_rate") or training["base_learning_rate"] * training["batch_size"] / 256
     encoder = recipe.get("encoder")
     start = "from scratch"
     if encoder is not None:
@@ -172,22 +186,22 @@ def _training(recipe: dict[str, Any], seed: int) -> str:
         start = f"from the{frozen} encoder `{without_machine_paths(encoder)}`"
     return (
         f"{training['epochs']} epochs of AdamW {start}: batch size {training['batch_size']}, learning rate "
-        f"{training['learning_rate']:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
+        f"{rate:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
         f"moving average of decay {training['ema_decay']:g}."
     )
 
 
 def _limits(recipe: dict[str, Any], config: dict[str, Any], task: str, data_name: str) -> list[str]:
-    limits = [f"It has learned from `{data_name}` alone; pictures of other kinds get an answer all the same."]
+    limits = [f"It was trained on `{data_name}` alone. It also gives an answer to pictures of any other kind."]
     if task == "image-classification":
-        limits.append(f"It knows {len(config['id2label'])} labels and has no answer for anything else.")
+        limits.append(f"It knows {len(config['id2label'])} labels, and it answers with one of them in any case.")
     else:
         limits.append(
-            f"It writes captions of at most {config['max_position_embeddings']} tokens out of {config['vocab_size']}, "
-            "in the words and the form of its training captions."
+            f"It writes captions of at most {config['max_position_embeddings']} tokens from a vocabulary of "
+            f"{config['vocab_size']}, in the style of its training captions."
         )
     if size := recipe["image_processor"].get("size"):
         pixels = " x ".join(map(str, size.values()))
-        limits.append(f"Images are scaled to {pixels} pixels: finer detail is lost.")
-    limits.append("Nobody has looked for social biases that it may have taken over from its data.")
+        limits.append(f"Images are scaled to {pixels} pixels, so finer details are lost.")
+    limits.append("It may have learned social biases from its data. Nobody has examined this.")
     return limits

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The device batches of an epoch, from the place on where a run was broken off."""
+"""The device batches of an epoch, starting where an interrupted run stopped."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from .data import Batch
 
 
 def count_steps(accelerator: Accelerator, loader: DataLoader, steps_per_epoch: int | None) -> int:
-    """Whole optimiser steps in an epoch: those given, or by the loader's length."""
+    """The number of whole optimiser steps in an epoch: `steps_per_epoch` if given, else by the loader's length."""
     if steps_per_epoch is not None:
         return steps_per_epoch
     try:
@@ -25,7 +25,7 @@ def count_steps(accelerator: Accelerator, loader: DataLoader, steps_per_epoch: i
 
 
 def stream_position(loader: DataLoader) -> dict[str, Any] | None:
-    """This process's position in a stream, after the last batch that the loader gave; `None` for other data."""
+    """This process's position in a stream after the last batch that the loader gave. `None` for other data."""
     return loader.dataset.state_dict() if isinstance(loader.dataset, IterableDataset) else None
 
 
@@ -37,9 +37,17 @@ def epoch_batches(
     stream: dict[str, Any] | None,
 ) -> Iterator[tuple[list[Batch], float]]:
     r"""
-    The device batches of each step of an epoch from `progress.step_in_epoch` on, and the seconds waited for them.
+    Yields the device batches of each step of an epoch from `progress.step_in_epoch` on, and the seconds spent waiting
+    for them.
 
-    An epoch of a stream ends for all processes when one of them has run out. `stream` is where it goes on.
+    An epoch of a stream ends for all processes as soon as one of them has no more data.
+
+    Args:
+        accelerator (`Accelerator`): The accelerator of the run.
+        loader (`DataLoader`): The loader of this process's device batches.
+        progress ([`Progress`]): How far the run has come.
+        steps_per_epoch (`int`): The largest number of steps in an epoch.
+        stream (`dict`, *optional*): The position in a stream from which to resume.
     """
     steps = accelerator.gradient_accumulation_steps
     is_stream = isinstance(loader.dataset, IterableDataset)

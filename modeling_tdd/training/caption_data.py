@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Data sets of images and captions, any that `datasets` reads and COCO 2017 as it is published, and their batches."""
+"""Data sets of images and captions, and their batches: any data that `datasets` reads, and COCO 2017 as published."""
 
 import json
 from collections import defaultdict
@@ -19,21 +19,22 @@ from .recipe import CaptionDataRecipe
 from .shards import TABLES, ShardedRows, open_shards, read_whole, shards_of_table
 
 
-# Of how many streamed examples the tokenizer learns, and the known pairs of neighbouring tokens are: all are too many
+# The number of streamed examples on which the tokenizer is trained, and from which the pairs of neighbouring tokens
+# for the metric `fluent` come. To read all examples would take too long.
 NUM_SAMPLED_CAPTIONS = 100_000
 
 
 def load_caption_data(recipe: CaptionDataRecipe) -> DatasetDict:
     r"""
-    Loads the evaluation splits and, unless it is streamed, the training split, one row an image. Bad examples are
-    looked for here, see [`drop_bad_examples`].
+    Loads the evaluation splits and, unless it is streamed, the training split. There is one row per image. Bad
+    examples are dropped, see [`drop_bad_examples`].
 
     Returns:
         `DatasetDict`: each split with the columns `image` and `captions`, a list of at least one string.
 
     Raises:
-        `ValueError`: if a split or a column is missing, captions are neither strings nor lists of strings, a split has
-            no good example, or, with `on_bad_example="raise"`, there is a bad one. The message names it.
+        `ValueError`: if a split or a column is missing, if captions are neither strings nor lists of strings, if a
+            split has no valid example, or, with `on_bad_example="raise"`, if there is a bad one. The message names it.
     """
     splits = recipe.eval_splits if recipe.streaming else [recipe.train_split, *recipe.eval_splits]
     read = ReadCaptioned(recipe.lower_case)
@@ -46,7 +47,7 @@ def load_caption_data(recipe: CaptionDataRecipe) -> DatasetDict:
 
 
 def open_caption_shards(recipe: CaptionDataRecipe) -> ShardedRows:
-    """The training split for [`make_stream_loader`], with the columns `image` and `captions`."""
+    """Opens the training split for [`make_stream_loader`], with the columns `image` and `captions`."""
     if recipe.path in TABLES:
         return shards_of_table(_load_split(recipe, recipe.train_split), "captions")
     rows = open_shards(recipe, recipe.train_split, "captions")
@@ -55,7 +56,7 @@ def open_caption_shards(recipe: CaptionDataRecipe) -> ShardedRows:
 
 
 def sample_captions(recipe: CaptionDataRecipe, rows: ShardedRows) -> list[str]:
-    """The captions of the first examples of a streamed split, read once and kept by `datasets`."""
+    """The captions of the first examples of a streamed split. They are read once, and `datasets` caches them."""
     table = read_whole(rows, "captions", NUM_SAMPLED_CAPTIONS, with_image=False)
     lists = [[captions] if isinstance(captions, str) else captions or [] for captions in table["captions"]]
     captions = [" ".join(caption.split()) for captions in lists for caption in captions if caption]
@@ -63,7 +64,7 @@ def sample_captions(recipe: CaptionDataRecipe, rows: ShardedRows) -> list[str]:
 
 
 def _load_split(recipe: CaptionDataRecipe, split: str) -> Dataset:
-    """The columns `image`, not decoded, and `captions`."""
+    """Loads the columns `image`, not decoded, and `captions` of a split."""
     if recipe.path == "coco":
         if recipe.data_dir is None:
             raise ValueError("`data.path: coco` needs `data.data_dir`, the folder that holds `annotations/`.")
@@ -86,9 +87,10 @@ def _load_coco_split(folder: Path, split: str) -> Dataset:
     if not file.exists():
         known = sorted(path.stem.removeprefix("captions_") for path in file.parent.glob("captions_*.json"))
         raise ValueError(f"COCO has no split {split!r} in {folder}; it has {', '.join(known) or 'none'}.")
-    # A generator's rows are kept on disc by its arguments, and with them what was found bad: the times are there so
-    # that new files are read again.
-    times = tuple(path.stat().st_mtime_ns for path in (file, folder / split))  # a list would be split into shards
+    # `datasets` caches a generator's rows, and which of them are bad, by the generator's arguments. The times are
+    # among them so that changed files are read again.
+    # They are a tuple because `datasets` would split a list into shards.
+    times = tuple(path.stat().st_mtime_ns for path in (file, folder / split))
     rows = {"file": file, "images": folder / split, "times": times}
     features = Features({"image": Image(decode=False), "captions": List(Value("string"))})
     return Dataset.from_generator(_coco_rows, features=features, gen_kwargs=rows)
@@ -105,12 +107,13 @@ def _coco_rows(file: Path, images: Path, times: tuple[int, ...]) -> Iterator[dic
 
 class CaptionCollator:
     r"""
-    Batches of `labels`, one caption an image drawn at random and padded to the tokenizer's `model_max_length`, with
-    `image_features` or `pixel_values`.
+    Makes batches of `labels` with `image_features` or `pixel_values`. The label of an image is one of its captions,
+    drawn at random and padded to the tokenizer's `model_max_length`.
 
     Args:
-        processor ([`TDDProcessor`]): The model's.
-        transform (`Callable`, *optional*): Augmentation, from a PIL image to pixels, in place of the image processor.
+        processor ([`TDDProcessor`]): The model's processor.
+        transform (`Callable`, *optional*):
+            Augmentation: a function from a PIL image to pixels that takes the place of the image processor.
 
     Raises:
         `ValueError`: if the tokenizer has no `model_max_length`.

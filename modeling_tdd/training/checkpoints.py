@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Training state on disc, to go on from: written whole or not at all, by all processes together, the last few kept."""
+"""Checkpoints of the training state. All processes write one together, completely or not at all, and the last few are
+kept."""
 
 import json
 import os
@@ -19,14 +20,15 @@ from .results import write_json
 @dataclass
 class Progress:
     r"""
-    How far a run is.
+    How far a run has come.
 
     Args:
-        step (`int`): Optimiser steps, skipped ones too.
-        epoch (`int`): The epoch that is under way, from 0.
-        step_in_epoch (`int`): Steps of it.
-        skipped_steps (`int`): Steps that left the weights as they were, since something was not finite.
-        skipped_in_a_row (`int`): Those among them since the last step that did not.
+        step (`int`): Number of optimiser steps, including skipped ones.
+        epoch (`int`): The current epoch, counted from 0.
+        step_in_epoch (`int`): Number of steps in the current epoch.
+        skipped_steps (`int`): Number of steps that did not change the weights because the loss or its gradient was
+            not finite.
+        skipped_in_a_row (`int`): Number of skipped steps since the last step that was not skipped.
     """
 
     step: int = 0
@@ -46,26 +48,26 @@ class Checkpoints:
     r"""
     The checkpoints of a run, in `checkpoints/step-XXXXXXXX` of its folder.
 
-    A checkpoint is what `Accelerator.save_state` writes (model, optimiser, schedule, scaler, random states), the
-    moving average as `ema.safetensors`, and `progress.json`. Some of Accelerate's files are pickles, and it reads them
-    with `weights_only=True`: tensors and numbers, no code.
+    A checkpoint holds what `Accelerator.save_state` writes (model, optimiser, schedule, scaler, random states), the
+    moving average as `ema.safetensors`, and `progress.json`. Some of Accelerate's files are pickles. They are read
+    with `weights_only=True`, which allows tensors and numbers but no code.
 
     Args:
-        accelerator (`Accelerator`): Its `project_dir` is the folder; on several machines all must see it.
+        accelerator (`Accelerator`): Its `project_dir` is the folder. If there are several machines, all must see it.
         ema (`nn.Module`): The moving average, whole in each process.
-        keep (`int`): How many to keep, at least 1.
-        settings (`dict`): What the run must have in common with a checkpoint that it goes on from.
+        keep (`int`): Number of checkpoints to keep, at least 1.
+        settings (`dict`): Settings that the run must share with a checkpoint that it resumes from.
     """
 
     def __init__(self, accelerator: Accelerator, ema: nn.Module, keep: int, settings: dict[str, Any]):
         self.accelerator = accelerator
         self.ema = ema
         self.keep = keep
-        self.settings = json.loads(json.dumps(settings))  # as they are read back: a tuple is a list
+        self.settings = json.loads(json.dumps(settings))  # as JSON reads them back: a tuple is a list
         self.folder = Path(accelerator.project_dir) / "checkpoints"
 
     def saved(self) -> list[Path]:
-        """The complete checkpoints, the last one last."""
+        """The complete checkpoints, in the order of their steps."""
         return sorted(self.folder.glob("step-*"))
 
     def describe_last(self) -> str:
@@ -74,16 +76,19 @@ class Checkpoints:
 
     def resume(self, resume: str) -> tuple[Progress, dict[str, Any] | None]:
         r"""
-        Loads a checkpoint into everything that the accelerator has prepared, and removes later ones of the run.
+        Loads a checkpoint into everything that the accelerator has prepared, and removes the run's later checkpoints.
 
         Args:
-            resume (`str`): `"auto"`: the last checkpoint, if there is one. `"none"`: start anew. Or a checkpoint.
+            resume (`str`):
+                `"auto"` loads the last checkpoint, if there is one. `"none"` starts anew. Anything else is the folder
+                of a checkpoint.
 
         Returns:
-            `tuple`: How far the run is, and this process's position in a stream of data, if one was saved.
+            `tuple`: how far the run has come, and this process's position in a stream of data, if one was saved.
 
         Raises:
-            `ValueError`: if a path is no checkpoint, or one of a run with other settings. The message names them.
+            `ValueError`: if a path is not a checkpoint, or is that of a run with other settings, which the message
+                names.
         """
         source = None if resume == "none" else Path(resume)
         if resume == "auto":
@@ -95,7 +100,7 @@ class Checkpoints:
             load_model(self.ema, source / "ema.safetensors")
             stream_file = source / f"stream-{self.accelerator.process_index}.json"
             stream = json.loads(stream_file.read_text()) if stream_file.exists() else None
-            self.accelerator.print(f"Going on from {source}: step {progress.step}, epoch {progress.epoch + 1}.")
+            self.accelerator.print(f"Resuming from {source}: step {progress.step}, epoch {progress.epoch + 1}.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in self.saved():
@@ -116,34 +121,37 @@ class Checkpoints:
         ]
         if differences:
             raise ValueError(
-                f"{source} is of a run with other settings: {'; '.join(differences)}. Go on with those, or start anew "
-                "with `--resume none`, which removes the run's checkpoints."
+                f"{source} is a checkpoint of a run with other settings: {'; '.join(differences)}. Use the same "
+                "settings, or start anew with `--resume none`, which removes the run's checkpoints."
             )
         return Progress(**content["progress"])
 
     def save(self, progress: Progress, stream: dict[str, Any] | None = None) -> Path:
         r"""
-        Writes a checkpoint to a temporary folder and moves it into place; then removes the oldest ones.
+        Writes a checkpoint to a temporary folder, moves it into place, and removes the oldest ones.
 
         Args:
-            progress ([`Progress`]): How far the run is.
+            progress ([`Progress`]): How far the run has come.
             stream (`dict`, *optional*): This process's position in a stream of data.
 
+        Returns:
+            `Path`: the checkpoint's folder.
+
         Raises:
-            `OSError`: in all processes, if any of them could not write. Earlier checkpoints are left as they are.
+            `OSError`: in all processes, if any of them could not write. Earlier checkpoints stay as they are.
         """
         folder = self.folder / f"step-{progress.step:08d}"
         if folder.exists():
-            return folder  # a run that is stopped just after it was resumed
+            return folder  # the run was stopped just after it was resumed
         partial = self.folder / ".partial"
         if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed process left behind
             self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         error = None
         try:
             self._write(partial, progress, stream)
-        except Exception as failure:  # safetensors, PyTorch and Python each raise their own on a full disc
+        except Exception as failure:  # on a full disk safetensors, PyTorch and Python raise different errors
             error = failure
         if any_process(self.accelerator, error is not None):
             free = shutil.disk_usage(self.folder).free / 2**20

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""What a training step costs: operations counted op by op by PyTorch, on tensors that have shapes and no memory."""
+"""The cost of a training step. PyTorch counts the operations one by one, on tensors with shapes but without memory."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,14 +18,15 @@ from ..modeling_tdd import KeyValues, TDDForCaptioning, TDDForImageClassificatio
 
 Model = TDDForImageClassification | TDDForCaptioning
 
-# float32 weights, gradients and AdamW's two moments; what one step reads and writes of them and of the moving average
+# Bytes per parameter: float32 weights, gradients, AdamW's two moments, and the moving average. Then the bytes that one
+# step reads and writes per trainable parameter for AdamW, and per parameter for the moving average.
 WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES, EMA_BYTES = 4, 4, 8, 4
 UPDATE_TRAFFIC, EMA_TRAFFIC = 4 * 7, 4 * 3
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations (a multiplication and an addition are two)."""
+    """Numbers of floating-point operations. A multiplication and an addition are two."""
 
     forward: int = 0
     backward: int = 0
@@ -44,15 +45,20 @@ class Operations:
 @dataclass(frozen=True)
 class StepCost:
     r"""
+    What one training step of a model costs.
+
     Args:
-        parameters, trainable (`int`): Of the whole model, and those that learn.
-        encoder_parameters (`int`): Of the encoder with its connector; a classifier without a denoiser is all encoder.
-        encoder, prefix, denoiser ([`Operations`]):
-            An image: the encoder; connector and the prefix's keys and values; the denoiser with its head on the K
-            noisy versions of the image's tokens.
-        noise ([`Operations`]): A device batch, whatever its size: the factor of the projected noise.
-        activation_bytes (`int`): An image: what the forward pass keeps for the backward pass.
-        fixed_bytes (`int`): A device batch, whatever its size: weights cast to half precision.
+        parameters (`int`): Parameters of the whole model.
+        trainable (`int`): Parameters that are trained.
+        encoder_parameters (`int`): Parameters of the encoder and its connector. A classifier without a denoiser counts
+            as encoder as a whole.
+        encoder ([`Operations`]): Operations per image of the encoder.
+        prefix ([`Operations`]): Operations per image of the connector and of the prefix's keys and values.
+        denoiser ([`Operations`]): Operations per image of the denoiser and its head, on all noisy versions
+            (`timesteps_per_image`) of the image's tokens.
+        noise ([`Operations`]): Operations per device batch, whatever its size, for the factor of the projected noise.
+        activation_bytes (`int`): Bytes per image that the forward pass keeps for the backward pass.
+        fixed_bytes (`int`): Bytes per device batch, whatever its size, for weights cast to half precision.
         largest_layer (`int`): Parameters of the largest layer, which FSDP gathers.
     """
 
@@ -69,20 +75,21 @@ class StepCost:
 
     @property
     def per_image(self) -> int:
+        """`int`: operations per image of the forward and the backward pass."""
         return self.encoder.total + self.prefix.total + self.denoiser.total
 
     def operations(self, images: int) -> int:
-        """Of the forward and the backward pass of one device batch."""
+        """Operations of the forward and the backward pass of one device batch with `images` images."""
         return images * self.per_image + self.noise.total
 
     def update_bytes(self) -> int:
-        """What AdamW and the moving average read and write a step."""
+        """Bytes that AdamW and the moving average read and write per step."""
         return self.trainable * UPDATE_TRAFFIC + self.parameters * EMA_TRAFFIC
 
     def memory(self, images: int, devices: int = 1, shard: bool = False) -> dict[str, int]:
-        """Bytes a device for device batches of `images`, replicated (DDP) or sharded over `devices` (FSDP2)."""
+        """Bytes per device for device batches of `images`, replicated (DDP) or sharded over `devices` (FSDP2)."""
         share = devices if shard else 1
-        gathered = 2 * self.largest_layer * WEIGHT_BYTES if shard else 0  # one in use, one on its way
+        gathered = 2 * self.largest_layer * WEIGHT_BYTES if shard else 0  # one in use, one being fetched
         return {
             "weights": self.parameters * WEIGHT_BYTES // share + gathered,
             "gradients": self.trainable * GRADIENT_BYTES // share,
@@ -95,14 +102,16 @@ class StepCost:
 @dataclass(frozen=True)
 class Machine:
     r"""
+    A machine to train on.
+
     Args:
-        name (`str`): Of one device.
-        devices (`int`): How many work together.
-        operations_per_second (`float`): Sustained in forward and backward passes, of one device.
-        bytes_per_second (`float`): Sustained in elementwise updates, of one device.
-        overhead (`float`): Seconds a device batch costs whatever its size.
-        precision (`str`): Of the passes.
-        basis (`str`): Where the figures are from.
+        name (`str`): Name of one device.
+        devices (`int`): Number of devices that work together.
+        operations_per_second (`float`): Operations that one device sustains in forward and backward passes.
+        bytes_per_second (`float`): Bytes that one device sustains in elementwise updates.
+        overhead (`float`): Seconds per device batch, whatever its size.
+        precision (`str`): Precision of the passes.
+        basis (`str`): Where the figures come from.
     """
 
     name: str
@@ -114,13 +123,13 @@ class Machine:
     basis: str = ""
 
     def step_seconds(self, cost: StepCost, images: int, accumulation: int = 1) -> float:
-        """Of an optimiser step with `accumulation` device batches of `images`. Communication and waiting for data are
-        not counted: both overlap with the computation where the machine is balanced."""
+        """Seconds of an optimiser step with `accumulation` device batches of `images`. Communication and waiting for
+        data are not counted: on a balanced machine both overlap with the computation."""
         passes = accumulation * (cost.operations(images) / self.operations_per_second + self.overhead)
         return passes + cost.update_bytes() / self.bytes_per_second
 
 
-# The share of the peak that plain PyTorch reaches with ViTs in bf16: a third, an assumption until measured there.
+# We assume that plain PyTorch reaches a third of the peak with ViTs in bf16, until someone measures it.
 MACHINES = {
     "h100x8": Machine("H100 80 GB SXM", 8, 989e12 / 3, 2.3e12, basis="a third of 989 TFLOP/s in bf16 (assumed)"),
     "a100x8": Machine("A100 80 GB SXM", 8, 312e12 / 3, 1.4e12, basis="a third of 312 TFLOP/s in bf16 (assumed)"),
@@ -132,18 +141,20 @@ MACHINES = {
 
 def training_cost(model: Model, image_size: tuple[int, int], precision: str = "no") -> StepCost:
     r"""
-    Counts a training step of a model that may be on the meta device; none of its numbers is read.
+    Counts the operations and the memory of a training step. The weights are not read, so the model may be on the meta
+    device.
 
     Args:
         model ([`TDDForImageClassification`] or [`TDDForCaptioning`]):
-            With its configuration's K and N. The features of a frozen encoder are taken to be cached.
+            The model. The features of a frozen encoder count as cached.
         image_size (`tuple[int, int]`): Height and width of the training views.
-        precision (`str`, *optional*, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`; for the activations' memory.
+        precision (`str`, *optional*, defaults to `"no"`):
+            `"no"`, `"bf16"` or `"fp16"`: the precision of the activations, for their memory.
 
     Returns:
-        [`StepCost`]
+        [`StepCost`]: the cost of the step.
     """
-    with _fake_copy(model, "eager") as copy:  # eager attention is made of products that PyTorch counts on any device
+    with _fake_copy(model, "eager") as copy:  # on any device PyTorch counts the products of eager attention
         features = _features(copy, image_size, 1).detach().requires_grad_(not copy.config.freeze_encoder)
         encoder = _count(lambda: _features(copy, image_size, 1), copy.config.freeze_encoder)
         prefix = Operations()
@@ -170,7 +181,7 @@ def training_cost(model: Model, image_size: tuple[int, int], precision: str = "n
 
 @contextmanager
 def _fake_copy(model: Model, attention: str) -> Iterator[Model]:
-    """A copy of a model whose tensors have shapes and no memory; in eval mode, which draws no dropout."""
+    """A copy of a model whose tensors have shapes but no memory. It is in eval mode, without dropout."""
     with torch.device("meta"):
         copy = type(model)(deepcopy(model.config))
     copy.set_attn_implementation(attention)
@@ -184,7 +195,7 @@ def _features(model: Model, image_size: tuple[int, int], rows: int) -> Tensor:
 
 
 def _loss(model: Model, features: Tensor) -> Tensor:
-    """What `forward` does in training with the encoder's features."""
+    """The loss that `forward` computes from the encoder's features in training."""
     config, rows = model.config, len(features)
     targets = torch.zeros(rows, config.max_position_embeddings, dtype=torch.long)
     head = model.get_output_embeddings()
@@ -208,7 +219,7 @@ def _count(run: Callable[[], Tensor], is_cached: bool = False) -> Operations:
 
 
 def _kept_bytes(model: Model, image_size: tuple[int, int], rows: int, precision: str) -> int:
-    """Bytes that a forward pass keeps for the backward pass, less the weights themselves."""
+    """Bytes that a forward pass keeps for the backward pass, without those of the weights."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -218,7 +229,7 @@ def _kept_bytes(model: Model, image_size: tuple[int, int], rows: int, precision:
             kept[storage._cdata] = storage
         return tensor
 
-    # On the CPU fp16 is no autocast type, and is as wide as bf16
+    # The CPU's autocast lacks fp16; bf16 takes as much memory
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "no")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         _loss(model, _features(model, image_size, rows))
@@ -232,13 +243,14 @@ def measure_machine(
     model: Model, batches: list[dict[str, Tensor]], cost: StepCost, clock: Callable[[], float]
 ) -> Machine:
     r"""
-    Measures this machine with the model's own passes and updates.
+    Measures this machine with the passes and updates of a model.
 
     Args:
-        model ([`TDDForImageClassification`] or [`TDDForCaptioning`]): On its device; its weights change.
-        batches (`list`): Two batches of the model's arguments, of different sizes.
-        cost ([`StepCost`]): Of the model.
-        clock (`Callable`): Seconds: of the wall, or of this process alone where others share the machine.
+        model ([`TDDForImageClassification`] or [`TDDForCaptioning`]): The model on its device. Its weights change.
+        batches (`list`): Two batches of different sizes, each a dictionary of `forward`'s arguments.
+        cost ([`StepCost`]): The cost of a step of the model.
+        clock (`Callable`): A clock in seconds. It is that of the wall, or of this process alone where other processes
+            share the machine.
     """
     small, large = (len(next(iter(batch.values()))) for batch in batches)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -256,7 +268,7 @@ def measure_machine(
 
 
 def median_seconds(run: Callable[[], object], clock: Callable[[], float], repeats: int = 5) -> float:
-    """The median of some runs after one that does not count."""
+    """The median time of `repeats` runs, after one run to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         start = clock()

@@ -16,7 +16,8 @@ from .shards import TABLES, ShardedRows, check_columns, find_feature, open_shard
 
 
 def load_digits_dataset() -> DatasetDict:
-    """scikit-learn's handwritten digits: 1,797 real images of 8x8, a fifth of each class held out as `validation`."""
+    """scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels. A fifth of each class is the split
+    `validation`."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -36,15 +37,16 @@ def load_digits_dataset() -> DatasetDict:
 
 def load_classification_data(recipe: DataRecipe) -> tuple[Dataset | ShardedRows, Dataset, list[str]]:
     r"""
-    Loads both splits; bad examples of those that are not streamed are looked for here, see [`drop_bad_examples`].
+    Loads the training and the evaluation split. Bad examples of splits that are not streamed are dropped, see
+    [`drop_bad_examples`].
 
     Returns:
-        The training split ([`ShardedRows`] with `data.streaming`), the evaluation split, each with the columns `image`
-        and `label`, and the labels' names.
+        `tuple`: the training split (a [`ShardedRows`] with `data.streaming`), the evaluation split, and the names of
+        the labels. The splits have the columns `image` and `label`.
 
     Raises:
-        `ValueError`: if a split or a column is missing, there are no names or number of labels, a split has no good
-            example, or, with `on_bad_example="raise"`, there is a bad one.
+        `ValueError`: if a split or a column is missing, if neither the names nor the number of labels is known, if a
+            split has no valid example, or, with `on_bad_example="raise"`, if there is a bad one.
     """
     if recipe.streaming and recipe.path not in TABLES:
         train = open_shards(recipe, recipe.train_split, "label")
@@ -61,7 +63,7 @@ def load_classification_data(recipe: DataRecipe) -> tuple[Dataset | ShardedRows,
 
 
 def _load_split(recipe: DataRecipe, split: str) -> Dataset:
-    """The columns `image`, not decoded, and `label`."""
+    """Loads the columns `image`, not decoded, and `label` of a split."""
     if recipe.path == "digits":
         data = load_digits_dataset()
     else:
@@ -72,10 +74,11 @@ def _load_split(recipe: DataRecipe, split: str) -> Dataset:
 
 
 def two_columns(path: str, split: str, data: Dataset, columns: dict[str, str]) -> Dataset:
-    """Of `data` the columns that are the values of `columns`, under the names that are its keys; images undecoded."""
+    """Selects the columns of `data` that are the values of `columns`, and renames them to the keys. Images are not
+    decoded."""
     check_columns(path, split, data.features, columns)
     data = data.cast_column(columns["image"], Image(decode=False))
-    for source in set(columns.values()) - set(data.features):  # `json.caption`, a key of a column
+    for source in set(columns.values()) - set(data.features):  # such as `json.caption`, the key of a column
         parent, _, key = source.partition(".")
         features = Features({**data.features, source: find_feature(data.features, source)})
         data = data.map(_copy_key, fn_kwargs={"parent": parent, "key": key, "name": source}, features=features)
@@ -92,7 +95,7 @@ def _drop_bad(recipe: DataRecipe, split: str, data: Dataset, names: list[str]) -
 
 
 def build_train_transform(recipe: AugmentationRecipe, image_processor: BaseImageProcessor) -> Callable[..., Tensor]:
-    """timm's training transform for a PIL image, normalised as the image processor does."""
+    """timm's training transform for a PIL image, with the normalisation of the image processor."""
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     height, width = (recipe.size, recipe.size) if recipe.size else (size["height"], size["width"])
     return create_transform(
@@ -113,7 +116,7 @@ def build_train_transform(recipe: AugmentationRecipe, image_processor: BaseImage
 
 
 def build_mixup(recipe: AugmentationRecipe, num_labels: int) -> Mixup | None:
-    """timm's Mixup and CutMix, or `None` where both are off. Label smoothing is left to the model."""
+    """timm's Mixup and CutMix, or `None` where both are off. The model does the label smoothing."""
     if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
         return None
     return Mixup(
@@ -128,7 +131,7 @@ def build_mixup(recipe: AugmentationRecipe, num_labels: int) -> Mixup | None:
 
 
 class TrainCollator:
-    """Augmented training batches: `pixel_values` and `labels` (probabilities where Mixup is on)."""
+    """Makes augmented training batches of `pixel_values` and `labels`, which are probabilities where Mixup is on."""
 
     def __init__(self, transform: Callable[..., Tensor], mixup: Mixup | None = None):
         self.transform = transform
@@ -143,7 +146,7 @@ class TrainCollator:
 
 
 class EvalCollator:
-    """Evaluation batches, made by the very image processor that is saved with the model."""
+    """Makes evaluation batches with the image processor that is saved with the model."""
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor

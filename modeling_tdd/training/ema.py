@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The moving average of the weights for `Trainer`: what it evaluates, saves and publishes."""
+"""A moving average of the weights for `Trainer`, which then evaluates, saves and publishes the average."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,20 +22,24 @@ TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 class EMACallback(TrainerCallback):
     r"""
-    Keeps a moving average of what trains, and hands it to `Trainer` wherever a model is shown to anyone.
+    Keeps a moving average of the weights that train, and puts it into the model for evaluations and checkpoints.
 
-    - An evaluation, `load_best_model_at_end` and each checkpoint's `model.safetensors` (or adapter) are the average's,
-      so `from_pretrained` and the Hub get the average from any checkpoint.
-    - The weights that training goes on from lie beside it, as `training_weights.safetensors`. A resumed run ends with
-      the same weights and the same average, bit for bit, as an unbroken one.
+    - Evaluations, `load_best_model_at_end` and each checkpoint's `model.safetensors` (or adapter) use the average. So
+      `from_pretrained` and the Hub get the average from any checkpoint.
+    - The training weights are saved beside it as `training_weights.safetensors`. A resumed run ends with the same
+      weights and the same average, bit for bit, as an unbroken one.
     - After `Trainer.train` the model holds the average: `evaluate`, `save_model` and `push_to_hub` need nothing more.
 
-    Trainable parameters and floating-point buffers (batch norms') are averaged. Frozen weights are not copied, so LoRA
-    costs no second base model. A callback that asks for evaluations or checkpoints must come before this one.
+    Trainable parameters and floating-point buffers, such as those of batch norms, are averaged. Frozen weights are not
+    copied, so LoRA needs no second base model. A callback that asks for evaluations or checkpoints must come before
+    this one.
 
     Args:
         decay (`float`, *optional*, defaults to 0.9999):
-            Of the average. It grows up to this with the steps taken, as in timm: the average follows a short run too.
+            Decay of the average, in [0, 1).
+        warmup (`bool`, *optional*, defaults to `True`):
+            Whether the decay grows up to `decay` with the steps taken, as in timm, so that the average follows a
+            short run too (ours). `False` keeps it constant, as in the paper (equation 2).
 
     Raises:
         `ValueError`: for a decay out of [0, 1), weights in half precision, sharded weights (FSDP, DeepSpeed),
@@ -45,20 +50,21 @@ class EMACallback(TrainerCallback):
     ```python
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EMACallback(decay=0.999)])
     >>> trainer.train()
-    >>> trainer.save_model("published")  # the average
+    >>> trainer.save_model("published")  # saves the average
     ```"""
 
-    def __init__(self, decay: float = 0.9999):
+    def __init__(self, decay: float = 0.9999, warmup: bool = True):
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
         self.decay = decay
+        self.warmup = warmup
         self._forget()
 
     def _forget(self) -> None:
         self.names: list[str] = []
-        self.own: nn.ParameterList | None = None  # the model's own tensors, not copies
+        self.own: nn.ParameterList | None = None  # the tensors of the model itself, not copies
         self.ema: ModelEmaV3 | None = None
-        self.is_swapped = False  # whether the model holds the average, and `ema` the training weights
+        self.is_swapped = False  # True while the model holds the average and `ema` holds the training weights
         self.saved_step: int | None = None
 
     # ---- Events
@@ -76,7 +82,7 @@ class EMACallback(TrainerCallback):
         check_support(args, tensors)
         self.names = list(tensors)
         self.own = nn.ParameterList(tensors.values())
-        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=True)
+        self.ema = ModelEmaV3(self.own, decay=self.decay, use_warmup=self.warmup)
         if state.global_step > 0:
             self._resume(args, state)
 
@@ -87,7 +93,7 @@ class EMACallback(TrainerCallback):
         self._hold_average(False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.ema.update(self.own, step=state.global_step)
+        update_average(self.ema, self.own, state.global_step)
         self._prepare(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -96,30 +102,30 @@ class EMACallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not self.is_swapped:
             raise ValueError(
-                "A checkpoint was saved that `EMACallback` did not know of. Callbacks that set `control.should_save` "
-                "must come before it in `callbacks`."
+                "A checkpoint was saved without `EMACallback` having prepared it. Callbacks that set "
+                "`control.should_save` must come before it in `callbacks`."
             )
         self._save(args, state)  # `save_strategy="best"` decides to save only after the evaluation
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         has_loaded_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if not has_loaded_best:  # the best model is an average already
+        if not has_loaded_best:  # the best model already is an average
             self._hold_average(True)
         self._forget()
 
-    # ---- What they do
+    # ---- Swapping and saving
 
     def _prepare(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Between an optimiser step and what `Trainer` does next."""
+        """Puts the average into the model where `Trainer` is about to evaluate or save it."""
         if control.should_evaluate or control.should_save:
             self._hold_average(True)
         if control.should_save:
-            # Before anything of `Trainer`'s own: a checkpoint with a trainer_state.json has these weights too.
+            # `Trainer` writes trainer_state.json later: a checkpoint that has it has these weights too.
             self._save(args, state)
 
     @torch.no_grad()
     def _hold_average(self, wanted: bool) -> None:
-        """Exchanges training weights and average, in place, if the model holds the other."""
+        """Makes the model hold the average if `wanted`, else the training weights. They are exchanged in place."""
         if self.is_swapped == wanted:
             return
         for own, other in zip(self.own, self.ema.module):
@@ -129,7 +135,7 @@ class EMACallback(TrainerCallback):
         self.is_swapped = wanted
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Writes the training weights, which `ema` holds by now, whole or not at all."""
+        """Writes the training weights, which `ema` holds by now. The file is written completely or not at all."""
         if self.saved_step == state.global_step:
             return
         self.saved_step = state.global_step
@@ -143,15 +149,15 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """`Trainer` has loaded the average into the model; here `ema` gets the training weights. The first step begins
-        by exchanging them."""
+        """Loads the training weights into `ema`. `Trainer` has loaded the average into the model, and the first step
+        begins by exchanging the two."""
         given = args.resume_from_checkpoint
         folder = Path(given) if given and Path(given).is_dir() else checkpoint_folder(args, state)
         state_file = folder / TRAINER_STATE_NAME
         if not state_file.exists() or TrainerState.load_from_json(state_file).log_history != state.log_history:
             raise ValueError(
-                f"`EMACallback` looked for the checkpoint of step {state.global_step} in {folder}, and it is not the "
-                "one that `Trainer` resumes from: name that in `TrainingArguments(resume_from_checkpoint=...)` too."
+                f"`EMACallback` looked for the checkpoint of step {state.global_step} in {folder}, which is not the "
+                "one that `Trainer` resumes from. Give it in `TrainingArguments(resume_from_checkpoint=...)` too."
             )
         file = folder / TRAINING_WEIGHTS_NAME
         if not file.exists():
@@ -159,34 +165,50 @@ class EMACallback(TrainerCallback):
         saved = load_file(file)
         if saved.keys() != set(self.names):
             different = sorted(saved.keys() ^ set(self.names))
-            raise ValueError(f"{file} holds other weights than those that train now; they differ in {different[:5]}.")
+            raise ValueError(f"{file} does not hold the weights that train now. The names differ in {different[:5]}.")
         for name, other in zip(self.names, self.ema.module):
             other.copy_(saved[name])
         self.is_swapped = True
 
 
+def update_average(ema: ModelEmaV3, model: nn.Module | SimpleNamespace, step: int) -> None:
+    r"""
+    One step of a moving average.
+
+    Args:
+        ema (`ModelEmaV3`): The average.
+        model (`nn.Module`): What is averaged, or anything that has its `state_dict()`.
+        step (`int`): The number of steps taken, this one included.
+    """
+    # Given a step, timm's first update is a copy. Without warm-up the decay is constant from the first step on, as in
+    # the paper (appendix A.3, Algorithm 2).
+    ema.update(model, step=step if ema.use_warmup else None)
+
+
 def averaged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trainable parameters and floating-point buffers by name: all that training can change, but for counters."""
+    """Trainable parameters and floating-point buffers by name: everything that training changes except counters."""
     tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return tensors | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
 def check_support(args: TrainingArguments, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises a `ValueError` for what [`EMACallback`] would get wrong."""
+    """Raises a `ValueError` for settings that [`EMACallback`] does not support."""
     if args.enable_jit_checkpoint:
-        raise ValueError("`EMACallback` needs `enable_jit_checkpoint=False`: such checkpoints tell no callback.")
+        raise ValueError(
+            "`EMACallback` needs `enable_jit_checkpoint=False`: callbacks do not learn of such checkpoints."
+        )
     if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError("`EMACallback` needs whole weights on each device, so no FSDP and no DeepSpeed.")
+        raise ValueError("`EMACallback` needs all weights on each device: use neither FSDP nor DeepSpeed.")
     half = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype.itemsize < 4})
     if half:
         raise ValueError(
-            f"`EMACallback` needs float32 weights, got {', '.join(half)}: an average's small steps are rounded away. "
+            f"`EMACallback` needs float32 weights, got {', '.join(half)}: half precision rounds small steps away. "
             "Load the model with `dtype=torch.float32` and train with `bf16=True`."
         )
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where `Trainer` saves the checkpoint of the present step."""
+    """The folder to which `Trainer` saves the checkpoint of the current step."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""From a row of a data set to an example to learn from, and what is wrong with a row that is none."""
+"""Reads rows of a data set as training examples, and says why a row was rejected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,44 +17,44 @@ Example = dict[str, Any]
 Batch = dict[str, Tensor]
 Row = dict[str, Any]
 
-MAX_NAMED = 10  # bad examples that a message names
+MAX_NAMED = 10  # number of bad examples that a message names
 
 _IMAGE = Image()
 
 
 class BadExample(ValueError):
-    """What is wrong with a row; it is skipped, counted and named."""
+    """Why a row was rejected. It is skipped, counted and reported."""
 
 
 def read_image(image: dict[str, Any] | None) -> PILImage.Image:
-    """The picture of an undecoded cell of `datasets.Image`, from its bytes or its path, decoded to its last line."""
+    """Decodes the whole image of an undecoded cell of `datasets.Image`, from its bytes or its path."""
     if not image or (image.get("bytes") is None and image.get("path") is None):
         raise BadExample("no image")
     try:
         picture = _IMAGE.decode_example(image)
-        picture.load()  # opening reads the header alone: only decoding shows that a file is cut short
+        picture.load()  # opening reads only the header: decoding shows whether the file is truncated
         return picture
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise errors of many types
         raise BadExample(f"unreadable image ({type(error).__name__})") from error
 
 
 @dataclass(frozen=True)
 class ReadLabelled:
-    """From a row with an undecoded `image` and a `label` to an example; raises [`BadExample`]."""
+    """Makes an example of a row with an undecoded `image` and a `label`. Raises [`BadExample`]."""
 
     num_labels: int
 
     def __call__(self, row: Row) -> Example:
         label = row["label"]
         if label is None or not 0 <= label < self.num_labels:
-            raise BadExample(f"no label in 0 ... {self.num_labels - 1}, but {label}")
+            raise BadExample(f"the label must be in 0 ... {self.num_labels - 1}, got {label}")
         return {"image": read_image(row["image"]), "label": label}
 
 
 @dataclass(frozen=True)
 class ReadCaptioned:
-    """From a row with an undecoded `image` and `captions`, a string or a list, to an example with at least one
-    caption, with single spaces; raises [`BadExample`]."""
+    """Makes an example of a row with an undecoded `image` and `captions`, a string or a list. The example has at least
+    one caption, and its captions have single spaces. Raises [`BadExample`]."""
 
     lower_case: bool = False
 
@@ -79,7 +79,7 @@ def check_caption_type(column: str, feature: Any) -> None:
 
 
 def label_names(column: str, feature: Any, num_labels: int | None) -> list[str]:
-    """The names of a column's labels; of plain integers, of which there must be `num_labels`, their digits."""
+    """The names of a column's labels. The names of plain integers, which need `num_labels`, are the numbers."""
     if isinstance(feature, ClassLabel):
         return feature.names
     if num_labels is None or getattr(feature, "dtype", None) not in ("int8", "int16", "int32", "int64", "uint8"):
@@ -91,7 +91,7 @@ def label_names(column: str, feature: Any, num_labels: int | None) -> list[str]:
 
 
 def name_problems(problems: list[str], total: str) -> str:
-    """`"2 of 9 examples are bad: row 3: no caption; row 5: no image."`, with at most [`MAX_NAMED`] named."""
+    """`"2 of 9 examples are bad: row 3: no caption; row 5: no image."`, which names at most [`MAX_NAMED`] of them."""
     message = f"{len(problems)} {total}: {'; '.join(problems[:MAX_NAMED])}"
     return message + (f"; and {len(problems) - MAX_NAMED} more." if len(problems) > MAX_NAMED else ".")
 
@@ -100,20 +100,24 @@ def drop_bad_examples(
     data: Dataset, read: ReadExample, split: str, on_bad_example: str = "skip", num_proc: int | None = None
 ) -> Dataset:
     r"""
-    Leaves out the rows that `read` calls bad, and names them.
+    Leaves out the rows that `read` rejects, and reports them.
 
-    They are looked for once and not while training: row numbers stay stable (features are cached by them), all
-    processes see the same rows, and `datasets` remembers the result.
+    All rows are checked once, before training. So row numbers are stable, as cached features need, all processes see
+    the same rows, and `datasets` caches the result.
 
     Args:
-        data (`Dataset`): With an undecoded `image` and one more column, `label` or `captions`.
-        read ([`ReadLabelled`] or [`ReadCaptioned`]): Its verdict counts, and what it makes of the other column.
-        split (`str`): Name for messages.
-        on_bad_example (`str`, *optional*, defaults to `"skip"`): `"skip"`, or `"raise"` to stop.
-        num_proc (`int`, *optional*): Processes that decode the images.
+        data (`Dataset`): A data set with an undecoded `image` and one more column, `label` or `captions`.
+        read ([`ReadLabelled`] or [`ReadCaptioned`]):
+            Decides which rows are rejected. The other column is replaced by what it returns.
+        split (`str`): Name of the split, for messages.
+        on_bad_example (`str`, *optional*, defaults to `"skip"`): `"skip"`, or `"raise"` to raise an error.
+        num_proc (`int`, *optional*): Number of processes that decode the images.
+
+    Returns:
+        `Dataset`: the remaining rows, with decoded images.
 
     Raises:
-        `ValueError`: if no example is good or, with `on_bad_example="raise"`, one is bad.
+        `ValueError`: if all rows are rejected or, with `on_bad_example="raise"`, at least one is.
     """
     (column,) = set(data.column_names) - {"image"}
     feature = List(Value("string")) if column == "captions" else data.features[column]
@@ -138,7 +142,7 @@ def drop_bad_examples(
 
 
 def _check_row(row: Row, index: int, read: ReadExample, column: str) -> dict[str, Any]:
-    """What `read` makes of a row's other column, and what is wrong with the row, if anything."""
+    """What `read` returns for a row's other column, and why the row was rejected, if it was."""
     try:
         return {column: read(row)[column], "problem": ""}
     except BadExample as error:

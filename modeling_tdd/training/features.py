@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Features of a frozen encoder, computed once an image and kept on disc."""
+"""Features of a frozen encoder, computed once per image and cached on disk."""
 
 import hashlib
 import json
@@ -29,15 +29,15 @@ STORED_DTYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 class AugmentedViews:
     r"""
-    Takes an image processor's place in [`cache_features`], to keep features of random training views.
+    Takes the place of the image processor in [`cache_features`], to cache features of random training views.
 
-    An encoder knows the pictures that it was trained on better than any others. A decoder that learns from several
-    views of them in turn meets features more like those of new pictures.
+    An encoder knows the pictures on which it was trained better than others. A decoder that is trained on several
+    views of them sees features that are more like those of new pictures.
 
     Args:
-        recipe ([`AugmentationRecipe`]): How to draw a view.
-        image_processor (`BaseImageProcessor`): Of the encoder.
-        view (`int`, *optional*, defaults to 0): Number of this view of the pictures: each is a file of its own.
+        recipe ([`AugmentationRecipe`]): The augmentation.
+        image_processor (`BaseImageProcessor`): The encoder's image processor.
+        view (`int`, *optional*, defaults to 0): Number of this view of the pictures. Each view has its own file.
     """
 
     def __init__(self, recipe: AugmentationRecipe, image_processor: BaseImageProcessor, view: int = 0):
@@ -61,19 +61,23 @@ def cache_features(
     dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     r"""
-    The `pooler_output` of [`TDDModel.get_image_features`] for each image of a data set, read from `path` or, where
-    that file was made by another encoder, image processor or data set, or is not there, computed and written to it.
+    The `pooler_output` of [`TDDModel.get_image_features`] for each image of a data set. The features are read from
+    `path`. If the file is missing, or was made with another encoder, image processor or data set, they are computed
+    and written to it.
 
-    The file is written batch by batch and moved into place when it is whole; the tensor returned is mapped from it, so
-    neither has to fit into memory. Of several processes let the first write it (`accelerator.main_process_first()`).
+    The file is written batch by batch and moved into place when it is complete. The returned tensor is mapped from the
+    file. So neither has to fit into memory. If there are several processes, let the first one write the file
+    (`accelerator.main_process_first()`).
 
     Args:
-        model ([`TDDModel`]): Its encoder, on whatever device.
-        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): Of the encoder.
-        dataset (`Dataset`): With a column `image`.
+        model ([`TDDModel`]): The model whose encoder is used, on any device.
+        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): The encoder's image processor.
+        dataset (`Dataset`): A data set with a column `image`.
         path (`str` or `Path`): A safetensors file.
-        batch_size (`int`, *optional*, defaults to 64): Images to encode at once.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): Of the features, half or single precision.
+        batch_size (`int`, *optional*, defaults to 64): Number of images that are encoded at once.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): `torch.float16` or `torch.float32`, the dtype
+        of
+            the features.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_tokens, width)`, on the CPU.
@@ -97,9 +101,9 @@ def cache_features(
 def features_fingerprint(
     model: TDDModel, image_processor: BaseImageProcessor | AugmentedViews, dataset: Dataset, dtype: torch.dtype
 ) -> str:
-    """A hash of all that decides the features: weights, settings, and the bytes of the images in their order."""
+    """A hash of everything that determines the features: weights, settings, and the bytes of all images in order."""
     vision_config = model.config.vision_config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):  # the same encoder, from another folder
+    for key in ("_name_or_path", "transformers_version"):  # they may differ for the same encoder
         vision_config.pop(key, None)
     settings = [vision_config, model.config.pooling, image_processor.to_dict(), str(dtype)]
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
@@ -120,7 +124,7 @@ def _read(path: Path, fingerprint: str) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
             return file.get_tensor("features") if (file.metadata() or {}).get("fingerprint") == fingerprint else None
-    except SafetensorError:  # some other file: it is replaced
+    except SafetensorError:  # not a safetensors file: it is replaced
         return None
 
 
@@ -157,7 +161,7 @@ def _write(
 
 
 def _header(fingerprint: str, shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    """The start of a safetensors file with the one tensor `features`; the library itself writes whole tensors only."""
+    """The header of a safetensors file with one tensor, `features`. The library can only write whole tensors."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     entry = {"dtype": STORED_DTYPES[dtype], "shape": shape, "data_offsets": [0, num_bytes]}
     header = json.dumps({"__metadata__": {"fingerprint": fingerprint}, "features": entry}).encode()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""What plain `Trainer` needs for both tasks beside the model: its data sets, its metrics, and where to resume."""
+"""Data sets, metrics and the search for a checkpoint, for training either task with Transformers' `Trainer`."""
 
 import json
 import random
@@ -31,8 +31,8 @@ logger = logging.get_logger(__name__)
 
 class TrainerDataset(Dataset):
     r"""
-    Rows as the model's `forward` takes them, so that `Trainer` works as it comes: with its own collator, and with
-    `remove_unused_columns`, which would drop the images of a plain data set.
+    Rows in the form of `forward`'s arguments. `Trainer` then works with its own collator and with
+    `remove_unused_columns`, which would drop the images of an ordinary data set.
 
     Args:
         rows (`Sequence`):
@@ -41,16 +41,16 @@ class TrainerDataset(Dataset):
             From a list of rows to a batch: [`TrainCollator`] or [`EvalCollator`] for classification,
             [`CaptionCollator`] for captions.
         seed (`int`, *optional*):
-            For training data: what `collate` draws (crops, one of several captions) depends on seed, epoch and row
-            alone. So a run resumed in mid-epoch sees what the unbroken one would have seen; [`EpochCallback`] tells
-            the epoch. By default `collate` draws from the global random state, if it draws at all.
+            With a seed, as for training data, what `collate` draws at random (crops, one of several captions) depends
+            on seed, epoch and row alone. So a run resumed within an epoch sees what the unbroken one would have seen.
+            [`EpochCallback`] sets the epoch. Without a seed `collate` draws from the global random state.
     """
 
     def __init__(self, rows: Sequence[Example], collate: Callable[[list[Example]], Batch], seed: int | None = None):
         self.rows = rows
         self.collate = collate
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that stay
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent workers see it too
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -66,7 +66,7 @@ class TrainerDataset(Dataset):
             seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1)[0])
             random.seed(seed)
             np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)  # of the CPU alone: the model's noise comes from its device's
+            torch.default_generator.manual_seed(seed)  # only the CPU's: the model draws on its device
             return self._encode(index)
         finally:
             random.setstate(kept[0])
@@ -78,7 +78,7 @@ class TrainerDataset(Dataset):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training data the epoch: Accelerate does so only in runs of one process that were not resumed."""
+    """Sets the epoch of the training data. Accelerate does so only in runs of one process that were not resumed."""
 
     def on_epoch_begin(
         self,
@@ -95,7 +95,7 @@ class EpochCallback(TrainerCallback):
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a classifier: `accuracy`, the share of images whose best label is right (top-1)."""
+    """`compute_metrics` of a classifier: `accuracy`, the share of images whose likeliest label is right (top-1)."""
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
@@ -103,11 +103,12 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 class CaptionMetrics:
     r"""
-    Captions the evaluation images, and scores the captions: `exact_match`, `token_f1`, `stutter` and, with `seen`,
+    Generates captions of the evaluation images and scores them: `exact_match`, `token_f1`, `stutter` and, with `seen`,
     `fluent`, as in [`~modeling_tdd.evaluation.captions.caption_metrics`].
 
-    Both of `Trainer`'s hooks are needed. The first replaces the logits of a batch by its captions, on each device for
-    its own images, from the features that the loss was computed from; the second scores those of all devices.
+    Both hooks of `Trainer` are needed. `preprocess_logits_for_metrics` replaces the logits of a batch by its captions,
+    which are generated from the features that the loss was computed from. Each device does so for its own images.
+    `compute_metrics` scores the captions of all devices.
 
     Args:
         model ([`TDDForCaptioning`]):
@@ -115,8 +116,8 @@ class CaptionMetrics:
         processor ([`TDDProcessor`]):
             Its processor.
         references (`Sequence[Sequence[str]]`):
-            Captions of each evaluation image, in the order of `eval_dataset`. Not its `labels`, which are one caption
-            an image, cut to the model's length and without the words that the tokenizer does not know.
+            All captions of each evaluation image, in the order of `eval_dataset`. The `labels` would not do: they are
+            one caption per image, cut to the model's length and without words that the tokenizer does not know.
         seen (`set`, *optional*):
             [`~modeling_tdd.evaluation.captions.seen_bigrams`] of the training captions.
         generate_kwargs:
@@ -151,17 +152,18 @@ class CaptionMetrics:
         self.generate_kwargs = generate_kwargs
 
     def generate(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """`preprocess_logits_for_metrics`: from what the model returned beside its loss, features last, to tokens."""
+        """`preprocess_logits_for_metrics`: generates token ids from the image features, the last of the outputs."""
         return self.model.generate(image_features=outputs[-1], **self.generate_kwargs)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """`compute_metrics`."""
+        """`compute_metrics`: scores the token ids that [`~CaptionMetrics.generate`] returned."""
         sequences = prediction.predictions
         if isinstance(sequences, tuple) or not np.issubdtype(sequences.dtype, np.integer):
             raise ValueError(
                 "`CaptionMetrics` needs `preprocess_logits_for_metrics=metrics.generate` in `Trainer` too."
             )
-        sequences = np.where(sequences < 0, self.processor.tokenizer.pad_token_id, sequences)  # `Trainer` pads by -100
+        # `Trainer` pads with -100
+        sequences = np.where(sequences < 0, self.processor.tokenizer.pad_token_id, sequences)
         captions = self.processor.batch_decode(sequences, skip_special_tokens=True)
         return caption_metrics(captions, self.references, self.seen)
 
@@ -171,12 +173,15 @@ class CaptionMetrics:
 
 def last_complete_checkpoint(output_dir: str | Path, with_ema: bool) -> str | None:
     r"""
-    The latest checkpoint that `Trainer` finished. Its own `get_last_checkpoint` also returns one that a killed process
-    was still writing, and then fails.
+    The latest checkpoint that `Trainer` finished writing. Transformers' own `get_last_checkpoint` may return one that
+    a killed process was still writing, from which resuming fails.
 
     Args:
-        output_dir (`str` or `Path`): Of the run.
+        output_dir (`str` or `Path`): The run's folder.
         with_ema (`bool`): Whether the run has an [`EMACallback`].
+
+    Returns:
+        `str`, *optional*: the checkpoint's folder, or `None` if there is no complete checkpoint.
     """
     steps = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -185,12 +190,12 @@ def last_complete_checkpoint(output_dir: str | Path, with_ema: bool) -> str | No
             steps[int(step)] = folder
     for _, folder in sorted(steps.items(), reverse=True):
         try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())  # what `Trainer` writes last
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # `Trainer` writes this file last
         except (OSError, json.JSONDecodeError):
-            logger.warning(f"{folder} is incomplete, and is passed over.")
+            logger.warning(f"{folder} is incomplete and is skipped.")
             continue
         if with_ema and not (folder / TRAINING_WEIGHTS_NAME).exists():
-            logger.warning(f"{folder} lacks {TRAINING_WEIGHTS_NAME}, and is passed over.")
+            logger.warning(f"{folder} lacks {TRAINING_WEIGHTS_NAME} and is skipped.")
             continue
         return str(folder)
     return None

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""SIGTERM and SIGINT: a scheduler's or a user's wish that a run ends, which it does after its step."""
+"""SIGTERM and SIGINT: a run that a scheduler or a user stops ends after its current step."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ from typing import Any
 
 
 class StopRequest:
-    """Within this context SIGTERM and SIGINT are noted in `signal` for the loop to act on. A second acts as ever."""
+    """A context that stores SIGTERM or SIGINT in `signal`, for the loop to act on. A second signal has its default
+    effect."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,9 +30,9 @@ class StopRequest:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """For a data worker: a signal to all processes of a run must not take the data from under the last step.
+    """Makes a data worker ignore signals that go to all processes of a run: its data are needed for the last step.
 
-    Only the trainer's own SIGTERM, with which it ends its workers, is obeyed.
+    The worker obeys only the SIGTERM of the trainer, which ends its workers so.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The training loop: Accelerate moves and synchronises, AdamW steps, timm keeps the moving average of the weights."""
+"""The training loop. Accelerate moves data and synchronises processes, AdamW updates the weights, and timm keeps their
+moving average."""
 
 import math
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
@@ -15,7 +17,6 @@ from datasets import Dataset
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -23,13 +24,14 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from .batches import count_steps, epoch_batches, stream_position
 from .checkpoints import Checkpoints, Progress, any_process
 from .data import Batch, Example
+from .ema import update_average
 from .interruption import StopRequest, leave_signals_to_the_trainer
 from .monitor import Monitor, StepRecord, default_trackers
 from .recipe import TrainingRecipe
 from .seeding import MODEL, EpochSampler, SeededDataset, seed_for
 
 
-# Of a recipe's `training`: what may differ between a run and the checkpoint that it goes on from
+# The settings of a recipe's `training` that may differ between a run and the checkpoint that it resumes from
 FREE_SETTINGS = (
     "num_workers",
     "cpu_threads",
@@ -45,7 +47,7 @@ FREE_SETTINGS = (
 def fast_mixed_precision() -> str:
     """`"bf16"` where the hardware multiplies matrices faster in it, `"no"` elsewhere.
 
-    Of CPUs those are the ones with AMX (19 times as fast as float32); on one without, bf16 was over 100 times slower.
+    CPUs with AMX do so 19 times as fast as in float32. On a CPU without AMX bf16 was over 100 times slower.
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -54,11 +56,11 @@ def fast_mixed_precision() -> str:
 
 def make_accelerator(recipe: TrainingRecipe, folder: Path | None = None) -> Accelerator:
     r"""
-    An Accelerator that reaches the recipe's batch size by gradient accumulation, whatever the number of processes.
+    Makes an Accelerator that reaches the recipe's batch size by gradient accumulation, for any number of processes.
 
     Args:
-        recipe ([`TrainingRecipe`]): The optimisation.
-        folder (`Path`, *optional*): For the checkpoints and logs of [`train`].
+        recipe ([`TrainingRecipe`]): The settings of the optimisation.
+        folder (`Path`, *optional*): Folder for the checkpoints and logs of [`train`].
 
     Raises:
         `ValueError`: if the batch size is not a whole number of accumulated device batches.
@@ -66,11 +68,11 @@ def make_accelerator(recipe: TrainingRecipe, folder: Path | None = None) -> Acce
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
     precision = fast_mixed_precision() if recipe.mixed_precision == "auto" else recipe.mixed_precision
-    # Without `cpu=True` Accelerate runs processes that have no GPU as so many separate trainings.
+    # Without `cpu=True` Accelerate runs processes that have no GPU as separate trainings.
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=not torch.accelerator.is_available(),
-        # An epoch has whole steps only, and the loader is one batch ahead of the loop.
+        # An epoch has whole optimiser steps only, and the loader is one batch ahead of the loop.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
         log_with=[] if folder is None else default_trackers() if recipe.trackers is None else recipe.trackers,
@@ -100,9 +102,10 @@ def make_loader(
     seed: int = 0,
 ) -> DataLoader:
     r"""
-    Batches of one device's share, sharded over the processes by Accelerate.
+    Makes a loader of device batches, which Accelerate shards over the processes.
 
-    To train (`shuffle=True`) they are what [`EpochSampler`] and [`SeededDataset`] make of the seed.
+    For training (`shuffle=True`), order and augmentation depend on the seed alone, see [`EpochSampler`] and
+    [`SeededDataset`].
     """
     device_batch_size = recipe.batch_size // (accelerator.gradient_accumulation_steps * accelerator.num_processes)
     if shuffle and len(dataset) < recipe.batch_size:
@@ -122,7 +125,7 @@ def make_loader(
 
 @dataclass
 class TrainingState:
-    """What [`train`] trains, and how far it is."""
+    """What [`train`] trains, and how far it has come."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -136,10 +139,13 @@ class TrainingState:
 def prepare_training(
     accelerator: Accelerator, recipe: TrainingRecipe, model: nn.Module, steps_per_epoch: int, seed: int
 ) -> TrainingState:
-    """Makes the optimiser, the schedule and the moving average, and hands all of them to Accelerate."""
-    # Before Accelerate shards the model: the average is whole in each process. With its warm-up it follows a short run
-    # too: its horizon grows with the steps taken.
-    ema = ModelEmaV3(model.to(accelerator.device), decay=recipe.ema_decay, use_warmup=True)
+    """Makes the optimiser, the learning-rate schedule and the moving average, and hands them to Accelerate."""
+    accelerator.print(
+        f"learning rate {_scientific(recipe.learning_rate)} = base {_scientific(recipe.base_learning_rate)} x batch "
+        f"{recipe.batch_size} / 256"
+    )
+    # The average is made before Accelerate shards the model, so that it is whole in each process.
+    ema = ModelEmaV3(model.to(accelerator.device), decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, recipe.weight_decay),
         lr=recipe.learning_rate,
@@ -150,30 +156,32 @@ def prepare_training(
         optimizer, round(recipe.warmup_epochs * steps_per_epoch), steps_per_epoch * recipe.epochs
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    if isinstance(model, FSDPModule) and isinstance(embedding := model.get_input_embeddings(), FSDPModule):
-        # FSDP gathers a module's weights when it is called, but the embedding is read as the matrix W.
-        model.register_forward_pre_hook(lambda *_: embedding.unshard())
     return TrainingState(accelerator, model, optimizer, scheduler, ema, seed, Progress())
 
 
+def _scientific(number: float) -> str:
+    """`"1.6e-03"`: a number with no more digits than it has."""
+    return np.format_float_scientific(number, precision=4, trim="-", exp_digits=2)
+
+
 def update_ema(state: TrainingState) -> None:
-    """One step of the moving average. Weights that FSDP has sharded are gathered: all processes must call it."""
+    """One step of the moving average. All processes must call it, since weights that FSDP sharded are gathered."""
     weights = state.accelerator.unwrap_model(state.model).state_dict()
     weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
-    state.ema.update(SimpleNamespace(state_dict=lambda: weights), step=state.progress.step)
+    update_average(state.ema, SimpleNamespace(state_dict=lambda: weights), state.progress.step)
 
 
 def take_step(state: TrainingState, batches: list[Batch], max_grad_norm: float) -> StepRecord:
     r"""
-    One optimiser step on this process's device batches.
+    Takes one optimiser step on this process's device batches.
 
-    Where the loss or the gradient is not finite in any process, the weights are left as they are in all of them.
+    If the loss or the gradient is not finite in any process, no process changes its weights.
     """
     accelerator, progress = state.accelerator, state.progress
     start = time.perf_counter()
     sums = None
     for index, batch in enumerate(batches):
-        # The place of this device batch in the epoch, which all processes share out in turn
+        # The place of this device batch in the epoch, whose device batches go to the processes in turn
         place = (progress.step_in_epoch * len(batches) + index) * accelerator.num_processes + accelerator.process_index
         set_seed(seed_for(state.seed, MODEL, progress.epoch, place))
         with accelerator.accumulate(state.model):
@@ -189,7 +197,7 @@ def take_step(state: TrainingState, batches: list[Batch], max_grad_norm: float) 
     loss, *by_timestep = accelerator.reduce(sums, reduction="sum").tolist()
     loss /= len(batches) * accelerator.num_processes
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if is_finite or accelerator.scaler is not None:  # the scaler must see a gradient that is not, to lower its scale
+    if is_finite or accelerator.scaler is not None:  # the scaler lowers its scale when it sees an infinite gradient
         state.optimizer.step()
     skipped = not is_finite or accelerator.optimizer_step_was_skipped
     state.optimizer.zero_grad()
@@ -216,31 +224,32 @@ def train(
     steps_per_epoch: int | None = None,
 ) -> PreTrainedModel:
     r"""
-    Trains a model in place, with checkpoints to go on from and logs in the accelerator's `project_dir`.
+    Trains a model in place. Checkpoints and logs go to the accelerator's `project_dir`.
 
     Args:
-        accelerator (`Accelerator`): From [`make_accelerator`], with a folder.
-        recipe ([`TrainingRecipe`]): The optimisation.
-        model (`PreTrainedModel`): Returns a `loss` in training mode.
+        accelerator (`Accelerator`): An accelerator of [`make_accelerator`] with a folder.
+        recipe ([`TrainingRecipe`]): The settings of the optimisation.
+        model (`PreTrainedModel`): A model that returns a `loss` in training mode.
         loader (`DataLoader`):
-            From [`make_loader`]; or one of an `IterableDataset`, of this process's device batches alone. The dataset
-            has `set_epoch(int)` and, for the position after the last batch that the loader gave, `state_dict()` and
-            `load_state_dict(dict)`: numbers and strings, for JSON.
-        evaluate (`Callable`): From a model to its score, shown as training goes.
-        description (`str`, *optional*): Of the progress bar.
-        seed (`int`, *optional*, defaults to 0): Of all that is drawn at random in training.
+            A loader of [`make_loader`], or the loader of an `IterableDataset` that yields the device batches of this
+            process alone. Such a data set has `set_epoch(int)`, and `state_dict()` and `load_state_dict(dict)` for the
+            position after the last batch that the loader gave. The position is numbers and strings, for JSON.
+        evaluate (`Callable`): A function from a model to its score, which is logged during training.
+        description (`str`, *optional*): Text of the progress bar.
+        seed (`int`, *optional*, defaults to 0): Seed of everything that training draws at random.
         resume (`str`, *optional*, defaults to `"auto"`): As in [`Checkpoints.resume`].
-        steps_per_epoch (`int`, *optional*): Optimiser steps in an epoch at most, by default by the loader's length.
+        steps_per_epoch (`int`, *optional*):
+            The largest number of optimiser steps in an epoch. By default it follows from the loader's length.
 
     Returns:
-        `PreTrainedModel`: the moving average of the model, in eval mode: what to evaluate and to publish.
+        `PreTrainedModel`: the moving average of the model in eval mode. This is the model to evaluate and to publish.
 
     Raises:
-        `ValueError`: without a folder, without `steps_per_epoch` for a loader without a length, or as in
-            [`Checkpoints.resume`].
+        `ValueError`: if the accelerator has no folder, if `steps_per_epoch` is missing for a loader without a length,
+            or as in [`Checkpoints.resume`].
         `OSError`: if a checkpoint could not be written.
         `FloatingPointError`: after more than `max_skipped_steps` steps in a row that were not finite.
-        `SystemExit`: after SIGTERM or SIGINT, with a checkpoint; its code is 128 plus the signal's number.
+        `SystemExit`: after SIGTERM or SIGINT, once a checkpoint is saved. Its code is 128 plus the signal's number.
     """
     if accelerator.project_dir is None:
         raise ValueError("`train` needs a folder: `make_accelerator(recipe, folder)`.")
@@ -275,7 +284,8 @@ def train(
 def guard(
     state: TrainingState, checkpoints: Checkpoints, recipe: TrainingRecipe, loader: DataLoader, stop: StopRequest
 ) -> None:
-    """After a step: stops a run that does not learn, saves when it is time, and saves and leaves when asked to."""
+    """After a step: stops a run whose loss is not finite, saves a checkpoint when one is due, and saves and exits when
+    a signal has asked for it."""
     accelerator, progress = state.accelerator, state.progress
     if progress.skipped_in_a_row > recipe.max_skipped_steps:
         raise FloatingPointError(
@@ -286,5 +296,5 @@ def guard(
     if must_stop or progress.step % recipe.checkpoint_every == 0:
         folder = checkpoints.save(progress, stream_position(loader))
     if must_stop:
-        accelerator.print(f"Stopped by a signal. The same command goes on from {folder}.")
+        accelerator.print(f"Stopped by a signal. The same command resumes from {folder}.")
         raise SystemExit(128 + (stop.signal or StopRequest.SIGNALS[0]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""What a training run says of itself: a JSON lines file, Accelerate's trackers, and a progress bar."""
+"""The log of a training run: a JSON lines file, Accelerate's trackers, and a progress bar."""
 
 import json
 import resource
@@ -17,13 +17,16 @@ from tqdm.auto import tqdm
 @dataclass
 class StepRecord:
     r"""
-    One optimiser step, over all processes but for the times, which are this process's.
+    The record of one optimiser step. The times are those of this process; the rest is over all processes.
 
     Args:
-        loss, grad_norm (`float`): The mean loss, and the gradient's norm before clipping.
-        loss_sums (`list[list[float]]`, *optional*): As in [`TDDImageClassifierOutput`], summed over the step.
-        skipped (`bool`): Whether the weights were left as they were.
-        seconds, wait_seconds (`float`): Of the step, and those of them that it waited for data.
+        loss (`float`): The mean loss.
+        grad_norm (`float`): The gradient's norm before clipping.
+        loss_sums (`list[list[float]]`, *optional*):
+            `loss_by_timestep` of [`TDDImageClassifierOutput`], summed over the step.
+        skipped (`bool`): Whether the step was skipped, so that the weights did not change.
+        seconds (`float`): Duration of the step.
+        wait_seconds (`float`): The part of `seconds` that was spent waiting for data.
     """
 
     loss: float
@@ -35,12 +38,12 @@ class StepRecord:
 
 
 def default_trackers() -> list[str]:
-    """TensorBoard, where it is installed."""
+    """TensorBoard where it is installed, otherwise none."""
     return ["tensorboard"] if is_tensorboard_available() else []
 
 
 def peak_memory_gib() -> float:
-    """The most memory that this process has held: the GPU's on a GPU, the process's own on a CPU."""
+    """The largest amount of memory that this process has held: GPU memory on a GPU, resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,16 +56,16 @@ class Monitor:
 
     A line holds `step`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `images_per_second`, `data_wait_share`,
     `memory_gib`, `skipped_steps` (of the whole run) and, for a diffusion model, `loss_by_timestep`: the mean loss in
-    each tenth of the timesteps, without the timestep's coefficient, `null` for a tenth that no image was drawn for. A
-    line after an evaluation holds `step`, `epoch` and `eval`.
+    each tenth of the timesteps, without the timestep's coefficient. It is `null` for a tenth in which no timestep was
+    drawn. After an evaluation a line holds `step`, `epoch` and `eval`.
 
     Args:
         accelerator (`Accelerator`): Its `project_dir` is the folder.
-        log_every (`int`): Steps a line.
-        batch_size (`int`): Images a step.
-        total_steps (`int`): Of the run.
-        step (`int`): The step to go on from. Later lines of the file, of a run that was broken off, are removed.
-        description (`str`): Of the progress bar.
+        log_every (`int`): Steps per line.
+        batch_size (`int`): Images per step.
+        total_steps (`int`): Number of steps of the run.
+        step (`int`): The step to resume from. Later lines of the file, of an interrupted run, are removed.
+        description (`str`): Text of the progress bar.
     """
 
     def __init__(
@@ -82,12 +85,12 @@ class Monitor:
     def _drop_lines_after(self, step: int) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() and step > 0 else []
-        # A process that was killed may have left half a line, always the last one.
+        # A killed process may have left an incomplete last line.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.file.write_text("".join(line + "\n" for line in kept))
 
     def record(self, record: StepRecord, step: int, epoch: int, learning_rate: float, skipped_steps: int) -> None:
-        """Takes one step in, and writes a line when it is time."""
+        """Adds the record of one step, and writes a line when one is due."""
         self.records.append(record)
         self.bar.update()
         if step % self.log_every:
@@ -115,6 +118,7 @@ class Monitor:
         self.records.clear()
 
     def evaluated(self, score: float, step: int, epoch: int) -> None:
+        """Logs the score of an evaluation."""
         self._write({"step": step, "epoch": epoch, "eval": score})
         if not self.bar.disable:
             self.bar.write(f"epoch {epoch}: eval {score:.2%}")
@@ -131,7 +135,7 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
-        for tracker in self.accelerator.trackers:  # `end_training` would end the process group too
+        for tracker in self.accelerator.trackers:  # `end_training` would also destroy the process group
             tracker.finish()
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""A recipe: everything that decides a training run, read from YAML."""
+"""Recipes: all settings of a training run, read from YAML."""
 
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -12,22 +12,22 @@ import yaml
 @dataclass
 class _ImageData:
     r"""
-    Which images to learn from, and how they are read: what data sets of labels and of captions share.
+    The settings that data sets of labels and of captions share: which images to learn from, and how to read them.
 
     Args:
-        path (`str`): The first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, `"webdataset"`, an id.
-        data_files (`dict`, *optional*): Files of each split; relative paths start at the recipe's folder.
-        data_dir (`str`, *optional*): Folder of the data; likewise.
+        path (`str`): The first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, `"webdataset"` or an id.
+        data_files (`dict`, *optional*): Files of each split. Relative paths start at the recipe's folder.
+        data_dir (`str`, *optional*): Folder of the data. A relative path starts at the recipe's folder.
         train_split (`str`): Name of the training split.
         image_column (`str`): Name of the column of images.
-        on_bad_example (`str`): What an unreadable image, a missing label or an empty caption does: `"skip"` leaves it
-            out and names it, `"raise"` stops.
-        num_proc (`int`, *optional*): Processes that look for bad examples, once a data set that is not streamed.
-        streaming (`bool`): Whether the training split is read shard by shard as training goes. The splits to evaluate
-            on are read whole, and kept on disc by `datasets`.
-        num_examples (`int`, *optional*): Size of a streamed training split, where it does not say so itself; and for
-            `scripts/estimate.py`, which reads no data.
-        shuffle_buffer (`int`): Streamed examples, not decoded, that each worker shuffles together.
+        on_bad_example (`str`): What happens to an example with an unreadable image, a missing label or an empty
+            caption: `"skip"` leaves it out and reports it, `"raise"` raises an error.
+        num_proc (`int`, *optional*): Number of processes that look for bad examples in data that are not streamed.
+        streaming (`bool`): Whether the training split is read shard by shard during training. The evaluation splits
+            are read whole, and `datasets` caches them on disk.
+        num_examples (`int`, *optional*): Size of the training split. It is needed for a stream that does not know its
+            size, and by `scripts/estimate.py`, which reads no data.
+        shuffle_buffer (`int`): Number of streamed examples, not yet decoded, that each worker shuffles together.
     """
 
     path: str
@@ -51,13 +51,13 @@ class _ImageData:
 @dataclass
 class DataRecipe(_ImageData):
     r"""
-    Which images and labels to learn from. Anything that `datasets.load_dataset` reads, or scikit-learn's digits, whose
-    `path` is `"digits"`.
+    Which images and labels to learn from: anything that `datasets.load_dataset` reads, or scikit-learn's digits
+    (`path` is `"digits"`).
 
     Args:
         eval_split (`str`): Name of the split to evaluate on.
         label_column (`str`): Name of the column of labels. `json.label` is the key `label` of a column `json`.
-        num_labels (`int`, *optional*): How many labels there are, where the column holds plain integers; and for
+        num_labels (`int`, *optional*): Number of labels. It is needed where the column holds plain integers, and by
             `scripts/estimate.py`, which reads no data.
     """
 
@@ -69,12 +69,12 @@ class DataRecipe(_ImageData):
 @dataclass
 class CaptionDataRecipe(_ImageData):
     r"""
-    Which images and captions to learn from. Anything that `datasets.load_dataset` reads, or COCO 2017 as published,
-    whose `path` is `"coco"` and whose `data_dir` is the folder that holds `annotations/`.
+    Which images and captions to learn from: anything that `datasets.load_dataset` reads, or COCO 2017 as published
+    (`path` is `"coco"`, and `data_dir` is the folder that holds `annotations/`).
 
     Args:
-        eval_splits (`list[str]`): Names of the splits to evaluate on; the first also shows progress.
-        caption_column (`str`): Name of the column of captions: a string, or a list of strings, an image.
+        eval_splits (`list[str]`): Names of the splits to evaluate on. The first is also evaluated during training.
+        caption_column (`str`): Name of the column of captions, which holds a string or a list of strings per image.
             `json.caption` is the key `caption` of a column `json`.
         lower_case (`bool`): Whether to lower-case the captions.
     """
@@ -86,9 +86,9 @@ class CaptionDataRecipe(_ImageData):
 
 @dataclass
 class AugmentationRecipe:
-    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, under their names there. All off by default.
+    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, with their names there. By default all are off.
 
-    `size` is the height and width of the training views; by default the image processor's.
+    `size` is the height and width of the training views; by default it is the image processor's.
     """
 
     size: int | None = None
@@ -110,36 +110,45 @@ class AugmentationRecipe:
 @dataclass
 class TrainingRecipe:
     r"""
-    The optimisation.
+    The settings of the optimisation.
 
     Args:
-        epochs (`int`): Passes over the training data.
-        batch_size (`int`): Images an optimiser step, over all processes and accumulation steps.
-        device_batch_size (`int`, *optional*): Images that fit a device at once; the rest is gradient accumulation.
-        learning_rate, weight_decay, adam_beta2 (`float`): AdamW's; norms and biases do not decay.
-        warmup_epochs (`float`): Linear warm-up, then a cosine to zero.
-        max_grad_norm (`float`): Global norm to clip at.
+        epochs (`int`): Number of passes over the training data.
+        batch_size (`int`): Images per optimiser step, over all processes and accumulation steps.
+        device_batch_size (`int`, *optional*): Images that fit on a device at once. Gradient accumulation makes up the
+            rest of the batch.
+        base_learning_rate (`float`):
+            The learning rate at a batch size of 256, above 0. It scales linearly with the batch size (Goyal et al.,
+            2017), see [`~TrainingRecipe.learning_rate`].
+        weight_decay, adam_beta2 (`float`): Settings of AdamW. The weights of norms and the biases do not decay.
+        warmup_epochs (`float`): Epochs in which the learning rate rises linearly. Then it falls to 0 as a cosine.
+        max_grad_norm (`float`): Gradients are clipped at this global norm.
         ema_decay (`float`): Decay of the weights' moving average, which is what is evaluated and saved.
-        mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it.
-        num_workers (`int`): Processes that load data.
-        cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest on one.
+        ema_warmup (`bool`): Whether the decay grows up to `ema_decay` with the steps taken, so that the average
+            follows a short run too (ours). `False` keeps it constant, as in the paper (equation 2).
+        mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`, which is bf16 where the hardware is fast at
+            it and `"no"` elsewhere.
+        num_workers (`int`): Number of processes that load data.
+        cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest with one.
         eval_every (`int`): Epochs between evaluations.
-        checkpoint_every (`int`): Optimiser steps between checkpoints to resume from; there is one at the end too.
-        keep_checkpoints (`int`): How many of them are kept.
-        log_every (`int`): Optimiser steps a line of the log.
-        trackers (`list[str]`, *optional*): Accelerate's trackers; by default TensorBoard where it is installed.
-        max_skipped_steps (`int`): How many steps in a row may be skipped for a loss that is not finite.
+        checkpoint_every (`int`): Optimiser steps between checkpoints. The last step has one too.
+        keep_checkpoints (`int`): Number of checkpoints that are kept.
+        log_every (`int`): Optimiser steps per line of the log.
+        trackers (`list[str]`, *optional*): Accelerate's trackers. By default TensorBoard, where it is installed.
+        max_skipped_steps (`int`): Number of steps in a row that may be skipped because the loss or its gradient is
+            not finite.
     """
 
     epochs: int
     batch_size: int
     device_batch_size: int | None = None
-    learning_rate: float = 1e-4
+    base_learning_rate: float = 1e-4
     weight_decay: float = 0.3
     adam_beta2: float = 0.999
     warmup_epochs: float = 0.0
     max_grad_norm: float = 3.0
     ema_decay: float = 0.9999
+    ema_warmup: bool = True
     mixed_precision: str = "auto"
     num_workers: int = 0
     cpu_threads: int | None = None
@@ -154,15 +163,22 @@ class TrainingRecipe:
         for name in ("epochs", "batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`training.{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.base_learning_rate > 0:
+            raise ValueError(f"`training.base_learning_rate` must be above 0, got {self.base_learning_rate}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
             raise ValueError(
                 f"`training.mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
             )
 
+    @property
+    def learning_rate(self) -> float:
+        """`float`: AdamW's learning rate after the warm-up: `base_learning_rate * batch_size / 256`."""
+        return self.base_learning_rate * self.batch_size / 256
+
 
 @dataclass
 class EvaluationRecipe:
-    """The grid of the final table: denoising steps by guidance scales. Guidance 1.0 is none."""
+    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none)."""
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0, 1.5])
@@ -171,13 +187,14 @@ class EvaluationRecipe:
 @dataclass
 class CaptionEvaluationRecipe:
     r"""
-    The grid of the final table: denoising steps by guidance scales.
+    The settings of the final table: all pairs of a number of denoising steps and a guidance scale.
 
     Args:
         num_inference_steps (`list[int]`): Numbers of steps to compare.
-        guidance_scale (`list[float]`): Guidance scales to compare. 1.0 is none.
+        guidance_scale (`list[float]`): Guidance scales to compare. 1.0 means no guidance.
         test_inference_steps (`list[int]`, *optional*):
-            Numbers of steps for all splits but the first, which are compared where the choice is made.
+            Numbers of steps for all splits but the first. Settings are chosen on the first split, so that only it
+            needs all of them. By default these are `num_inference_steps` too.
     """
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 10, 20, 50])
@@ -185,7 +202,7 @@ class CaptionEvaluationRecipe:
     test_inference_steps: list[int] | None = None
 
     def grid(self, is_first_split: bool = True) -> list[dict[str, Any]]:
-        """Arguments of `generate`, a dictionary a cell of a split's table."""
+        """The arguments of `generate`, one dictionary per cell of a split's table."""
         test_steps = None if is_first_split else self.test_inference_steps
         return [
             {"num_inference_steps": steps, "guidance_scale": scale}
@@ -197,11 +214,11 @@ class CaptionEvaluationRecipe:
 @dataclass
 class WordsRecipe:
     r"""
-    The words of captions as labels of images.
+    How words of captions serve as labels of images.
 
     Args:
-        min_count (`int`): In how many training captions a word must be to be a label.
-        threshold (`float`): Probability from which a word counts as predicted.
+        min_count (`int`): A word is a label if it occurs in at least so many training captions.
+        threshold (`float`): A word counts as predicted from this probability on.
     """
 
     min_count: int = 2
@@ -211,13 +228,13 @@ class WordsRecipe:
 @dataclass
 class Recipe:
     r"""
-    Everything that decides the training of a classifier, and what all recipes share.
+    All settings of a classifier's training, and the sections that all recipes share.
 
     Args:
-        name (`str`): Of the recipe's file, less its ending.
+        name (`str`): The name of the recipe's file without its ending.
         model (`dict`): Fields of [`TDDConfig`].
         image_processor (`dict`): Arguments of `ViTImageProcessor`.
-        data, augmentation, training, evaluation: see their classes.
+        data, augmentation, training, evaluation: See their classes.
     """
 
     name: str
@@ -235,16 +252,17 @@ class Recipe:
 @dataclass
 class CaptionRecipe(Recipe):
     r"""
-    Everything that decides the training of a captioner.
+    All settings of a captioner's training.
 
     Args:
         tokenizer (`dict`): Arguments of [`train_tokenizer`].
         encoder (`str`, *optional*):
-            Id or folder of a pretrained encoder, a relative path starting at the working directory. With
+            Id or folder of a pretrained encoder. A relative path starts at the working directory. With
             `model.freeze_encoder` its features are computed once.
         model_checkpoint (`str`, *optional*):
-            Id or folder of a captioner to go on from, in place of `encoder` and `tokenizer`.
-        feature_views (`int`): Augmented views of each training picture whose features are kept, for a frozen encoder.
+            Id or folder of a captioner to start from, in place of `encoder` and `tokenizer`.
+        feature_views (`int`): For a frozen encoder: number of augmented views per training picture whose features are
+            cached.
     """
 
     data: CaptionDataRecipe
@@ -257,7 +275,7 @@ class CaptionRecipe(Recipe):
 
 @dataclass
 class EncoderRecipe(Recipe):
-    """Everything that decides the training of an image encoder on the words of captions."""
+    """All settings of the training of an image encoder on the words of captions."""
 
     data: CaptionDataRecipe
     evaluation: WordsRecipe = field(default_factory=WordsRecipe)
@@ -265,7 +283,7 @@ class EncoderRecipe(Recipe):
     def __post_init__(self):
         if self.data.streaming:
             raise ValueError(
-                "`data.streaming` must be false for an encoder: it counts the words of all captions first."
+                "`data.streaming` must be false for an encoder: the words of all captions are counted first."
             )
 
 
@@ -277,7 +295,7 @@ RECIPES: dict[str, type[Recipe]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and with YAML 1.2's numbers: to PyYAML 1e-4 is a string."""
+    """The safe loader with the numbers of YAML 1.2: PyYAML reads 1e-4 as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -291,17 +309,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
 
     Args:
         path (`str` or `Path`):
-            A YAML file with the sections of [`Recipe`], [`CaptionRecipe`] or [`EncoderRecipe`]; its key `task` says
-            which, `"classification"` by default. Its key `base` names another recipe, a relative path starting at the
-            recipe's folder, whose sections it changes key by key.
+            A YAML file with the sections of [`Recipe`], [`CaptionRecipe`] or [`EncoderRecipe`]. Its key `task`,
+            `"classification"` by default, chooses between them. Its key `base` names another recipe, whose sections it
+            changes key by key; a relative path starts at the recipe's folder.
         overrides (`list[str]`, *optional*):
-            Changes such as `"training.epochs=5"` or `"model.vision_config.num_hidden_layers=2"`; values are YAML.
+            Changes such as `"training.epochs=5"` or `"model.vision_config.num_hidden_layers=2"`. Values are YAML.
         task (`str`, *optional*):
-            The task that the recipe must be for.
+            The task that the recipe must have.
 
     Raises:
-        `ValueError`: for an unknown task, section or key, a missing one, an override that is not `key=value`, a
-            missing file, or a recipe that is its own base. The message says what is allowed.
+        `ValueError`: for an unknown task, section or key, a missing section or key, an override that is not
+            `key=value`, a missing file, or a recipe that is its own base. The message says what is allowed.
     """
     path = Path(path)
     tree = _load_tree(path, ())
@@ -325,7 +343,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, task: str 
 
 
 def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe file over its base, and that over its own. `derived` are the files that led here."""
+    """Reads a recipe file and merges it into its base, which may have a base too. `derived` are the files that led
+    here."""
     path = path.resolve()
     if path in derived:
         raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, (*derived, path)))}.")
@@ -338,7 +357,7 @@ def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _anchor_files(tree: dict[str, Any], folder: Path) -> None:
-    """Lets the relative paths of a recipe's data start at `folder`."""
+    """Makes the relative paths of a recipe's data start at `folder`."""
     data = tree.get("data") or {}
     if data.get("data_files"):
         data["data_files"] = {split: _from_folder(folder, file) for split, file in data["data_files"].items()}
@@ -347,14 +366,14 @@ def _anchor_files(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _merge(base: Any, changes: Any) -> Any:
-    """`changes` over `base`: dictionaries key by key, all else replaced."""
+    """Merges `changes` into `base`: dictionaries key by key; any other value is replaced."""
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     return base | {key: _merge(base.get(key), value) for key, value in changes.items()}
 
 
 def _read_section(path: Path, name: str, values: Any, section_type: Any) -> Any:
-    """A section as its dataclass, or as it stands where it is a plain dictionary."""
+    """Makes a section's dataclass. A section that is a plain dictionary is returned as it is."""
     if not is_dataclass(section_type):
         return values
     _check_keys(name, values, [f.name for f in fields(section_type)])

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Results and models on disk, each written whole or not at all, and the tables made of them."""
+"""Saves results and models, each completely or not at all, and formats tables of results."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes to a temporary file beside `path` and moves it there."""
+    """Writes JSON to a temporary file beside `path` and then moves it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -23,12 +23,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def training_folder(folder: Path) -> Path:
-    """Of the checkpoints and logs of a run: beside `folder`, the run's model, which is replaced whole."""
+    """The folder of a run's checkpoints and logs. It is beside `folder`, that of the final model, which is replaced as
+    a whole."""
     return folder.with_name(f"{folder.name}-training")
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
-    """Saves model and processor to a temporary folder beside `folder` and moves it there, whole or not at all."""
+    """Saves model and processor to a temporary folder beside `folder` and then moves it to `folder`. If saving fails,
+    `folder` stays as it was."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -44,14 +46,14 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, processor: BaseImagePr
 
 
 def mean_and_spread(values: Iterable[float]) -> str:
-    """`"97.53 ± 0.21"`: mean and standard deviation over seeds, in percent; a single value stands alone."""
+    """`"97.53 ± 0.21"`: mean and standard deviation over seeds in percent. A single value has no deviation."""
     percents = [100 * value for value in values]
     mean = f"{statistics.fmean(percents):.2f}"
     return mean if len(percents) == 1 else f"{mean} ± {statistics.stdev(percents):.2f}"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up in plain text too."""
+    """A Markdown table whose columns are aligned in plain text too."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:

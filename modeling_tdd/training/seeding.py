@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Random draws that depend on the seed and on the place in training alone, and on no state carried along.
+"""Random draws that depend only on the seed and on the place in training. No random state is carried along.
 
-Every device batch has seeds of its own, from the run's seed, the epoch and its place in the epoch. So a resumed run
-draws what the unbroken one would have drawn, whatever the number of data workers; and with the same
-`device_batch_size` the device batches, and what they draw, are the same whatever the number of processes.
+Every device batch has its own seeds, made from the run's seed, the epoch and the batch's place in the epoch. So a
+resumed run draws what the unbroken one would have drawn, with any number of data workers. With the same
+`device_batch_size`, the device batches and what they draw are the same for any number of processes.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ from accelerate.utils import set_seed
 from torch.utils.data import Dataset, Sampler
 
 
-# What the draws are for: the same place in training never draws the same numbers twice.
+# The purposes of draws. They are part of the seed, so that no two purposes draw the same numbers.
 ORDER, DATA, MODEL = range(3)
 
-Key = tuple[int, int, int]
+Key = tuple[int, int, int]  # epoch, place in the epoch, row of the data set
 
 
 def seed_for(*key: int) -> int:
-    """A 32-bit seed from several numbers: seeds that differ in one of them have nothing to do with each other."""
+    """A 32-bit seed made of several numbers. Keys that differ in one number give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 class EpochSampler(Sampler[Key]):
     r"""
-    The rows of a data set in an order that depends on the seed and the epoch alone, for a [`SeededDataset`].
+    Samples the rows of a [`SeededDataset`] in an order that depends only on the seed and the epoch.
 
     Args:
-        num_rows (`int`): Of the data set.
-        batch_size (`int`): Over all processes and accumulation steps. The last rows that fill none are left out.
-        seed (`int`): Of the run.
+        num_rows (`int`): Number of rows of the data set.
+        batch_size (`int`): Batch size over all processes and accumulation steps. An incomplete last batch is left out.
+        seed (`int`): Seed of the run.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int):
@@ -43,7 +43,7 @@ class EpochSampler(Sampler[Key]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate's loaders call it too."""
+        """Sets the epoch. Accelerate's loaders call it too."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -57,13 +57,13 @@ class EpochSampler(Sampler[Key]):
 
 class SeededDataset(Dataset):
     r"""
-    A data set that is read a batch at a time, by the keys of an [`EpochSampler`]. It first sets the seeds of Python,
-    NumPy and PyTorch, so that what reading and collating draw (crops, erased boxes, one of several captions) depends
-    on the batch alone.
+    A data set that is read one batch at a time, by the keys of an [`EpochSampler`]. Before each batch it sets the
+    seeds of Python, NumPy and PyTorch. So what reading and collating draw (crops, erased boxes, one of several
+    captions) depends only on the batch.
 
     Args:
-        dataset (`Dataset`): With `__getitem__` and, if it has that, `__getitems__`.
-        seed (`int`): Of the run.
+        dataset (`Dataset`): A data set with `__getitem__`. Its `__getitems__` is used if there is one.
+        seed (`int`): Seed of the run.
     """
 
     def __init__(self, dataset: Dataset, seed: int):

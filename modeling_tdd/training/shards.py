@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Splits as shards, read row by row whatever their format. A broken shard is named, and the next one follows."""
+"""Reads splits of any format as shards, row by row. A broken shard is reported, and reading continues with the
+next."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,30 +17,31 @@ from .recipe import CaptionDataRecipe, DataRecipe
 
 logger = logging.get_logger(__name__)
 
-# Data that are a table to `datasets`, of single images on disc or of a few in memory: shards are made of its rows
+# Data that `datasets` reads as a table, whose images are single files or few enough for memory. Shards are made of the
+# rows of the table.
 TABLES = ("digits", "imagefolder", "coco")
 NUM_TABLE_SHARDS = 1024
 
 
 class ShardedRows(NamedTuple):
-    """The rows of one split, a shard at a time: `image`, not decoded, and one more column."""
+    """The rows of one split, read one shard at a time. A row has an `image`, not decoded, and one more column."""
 
     shards: datasets.IterableDataset
     shard_names: list[str]
-    columns: dict[str, str]  # name here: name in the data
-    feature: Any  # of the column that is not the image
+    columns: dict[str, str]  # from the column's name in a row to its name in the data
+    feature: Any  # the type of the column that is not the image
     num_examples: int | None
     fingerprint: str
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """The rows of a shard; raises whatever its reader raises where it is broken."""
-        # `iter` and not `__iter__`, which in a worker process would shard once more
+        """Yields the rows of a shard. Where the shard is broken, the errors of its reader pass through."""
+        # `iter` is used because in a worker process `__iter__` would shard the data once more.
         for batch in self.shards.shard(num_shards=self.shards.num_shards, index=shard).iter(batch_size=1):
             yield {name: _look_up(batch, source) for name, source in self.columns.items()}
 
 
 def _look_up(batch: dict[str, list[Any]], column: str) -> Any:
-    """The only value of a column, which may be the key of a dictionary: `json.caption`."""
+    """The only value of a column of a batch. `json.caption` is the key `caption` of the column `json`."""
     if column in batch:
         return batch[column][0]
     parent, _, key = column.partition(".")
@@ -49,12 +51,12 @@ def _look_up(batch: dict[str, list[Any]], column: str) -> Any:
 
 def open_shards(recipe: DataRecipe | CaptionDataRecipe, split: str, column: str) -> ShardedRows:
     r"""
-    Opens a split that `datasets` can stream: parquet, WebDataset, a data set of the Hub.
+    Opens a split that `datasets` can stream: parquet, WebDataset, or a data set of the Hub.
 
     Args:
-        recipe ([`DataRecipe`] or [`CaptionDataRecipe`]): Where the data are.
+        recipe ([`DataRecipe`] or [`CaptionDataRecipe`]): The data's location and columns.
         split (`str`): Name of the split.
-        column (`str`): `"label"` or `"captions"`, what is wanted beside the image.
+        column (`str`): `"label"` or `"captions"`, the column that is read beside the image.
 
     Raises:
         `ValueError`: if the split or a column is missing.
@@ -76,7 +78,7 @@ def open_shards(recipe: DataRecipe | CaptionDataRecipe, split: str, column: str)
         stream.select_columns(sorted({_top_level(stream.features, name) for name in columns.values()})).cast_column(
             recipe.image_column, Image(decode=False)
         ),
-        # Formats with a shard a file can name it; others split files, or have no files
+        # Formats with one file per shard give shards the names of files. Others split files, or have no files.
         list(files) if len(files) == stream.num_shards else [f"shard {i}" for i in range(stream.num_shards)],
         columns,
         find_feature(stream.features, source),
@@ -86,7 +88,8 @@ def open_shards(recipe: DataRecipe | CaptionDataRecipe, split: str, column: str)
 
 
 def shards_of_table(data: Dataset, column: str) -> ShardedRows:
-    """A table of paths, as of a folder of images, in a fixed random order: folders list images class by class."""
+    """Makes shards of a table of paths, such as that of a folder of images. The rows have a fixed random order, since
+    folders list images class by class."""
     num_shards = min(len(data), NUM_TABLE_SHARDS)
     table = data.cast_column("image", Image(decode=False)).shuffle(seed=0).flatten_indices()
     return ShardedRows(
@@ -101,12 +104,13 @@ def shards_of_table(data: Dataset, column: str) -> ShardedRows:
 
 def read_whole(rows: ShardedRows, column: str, num_examples: int | None = None, with_image: bool = True) -> Dataset:
     r"""
-    A split as a table on disc, kept by `datasets`; what follows the break in a broken shard is left out and named.
+    Reads a split into a table on disk, which `datasets` caches. Of a broken shard, the rows before the break are kept,
+    and the break is reported.
 
     Args:
         rows ([`ShardedRows`]): The split.
         column (`str`): `"label"` or `"captions"`.
-        num_examples (`int`, *optional*): How many of the first rows to take. By default all.
+        num_examples (`int`, *optional*): Number of rows to read, from the first. By default all.
         with_image (`bool`, *optional*, defaults to `True`): Whether to keep the images, undecoded.
     """
     features = {"image": Image(decode=False)} if with_image else {}
@@ -121,14 +125,14 @@ def read_whole(rows: ShardedRows, column: str, num_examples: int | None = None, 
 
 
 def check_columns(path: str, split: str, features: Features, columns: dict[str, str]) -> None:
-    """Raises a `ValueError` that names a missing column and those that there are."""
+    """Raises a `ValueError` if a column is missing. It names this column and the existing ones."""
     for column in columns.values():
         if find_feature(features, column) is None:
             raise ValueError(f"`{path}` has no column {column!r} in {split!r}; it has {', '.join(features)}.")
 
 
 def find_feature(features: Features, column: str) -> Any:
-    """The type of a column or of a key of it, `None` where there is no such column."""
+    """The type of a column, or of a key of a column. `None` if there is no such column."""
     if column in features:
         return features[column]
     parent, _, key = column.partition(".")
@@ -141,29 +145,30 @@ def _top_level(features: Features, column: str) -> str:
 
 
 def _readable_features(recipe: DataRecipe | CaptionDataRecipe) -> Features | None:
-    """The columns of the first WebDataset shard that can be read: `datasets` looks at one, which may be broken."""
+    """The columns of the first WebDataset shard that can be read. `datasets` itself only tries the first shard, which
+    may be broken."""
     given = load_dataset_builder(recipe.path, data_files=recipe.data_files, data_dir=recipe.data_dir)
     errors = []
     for file in [file for files in given.config.data_files.values() for file in files]:
         try:
             one = load_dataset_builder("webdataset", data_files={"train": [file]})
             return one.as_streaming_dataset("train").features
-        except Exception as error:  # a broken archive raises whatever its part does
+        except Exception as error:  # broken archives raise errors of many types
             errors.append(f"{file}: {type(error).__name__}: {error}")
-    raise ValueError(name_problems(errors, "of as many shards are broken"))
+    raise ValueError(name_problems(errors, f"of {len(errors)} shards are broken"))
 
 
 def unbroken_rows(
     rows: ShardedRows, shards: range | list[int], report: Callable[[str], None], position: tuple[int, int] = (0, 0)
 ) -> Iterator[tuple[tuple[int, int], Row]]:
-    """The rows of some shards from a position on, each with its own (place in `shards`, row). Where a shard breaks,
-    the next one follows."""
+    """Yields the rows of some shards from a position on, each with its own position: its shard's index in `shards`,
+    and its index in the shard. After a broken shard has been reported, reading continues with the next."""
     for place in range(position[0], len(shards)):
         first, index = position[1] if place == position[0] else 0, -1
         try:
             for index, row in enumerate(rows.rows(shards[place])):
                 if index >= first:
                     yield (place, index), row
-        except Exception as error:  # a broken archive raises whatever its part does
+        except Exception as error:  # broken archives raise errors of many types
             name = rows.shard_names[shards[place]]
             report(f"{name}: broken after {index + 1} examples ({type(error).__name__}: {error})")

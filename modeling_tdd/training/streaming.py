@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Training data read shard by shard: sharded once over processes and workers, shuffled by seed, exactly resumable.
+"""Training data that are read shard by shard: sharded once over processes and workers, shuffled by the seed, and
+exactly resumable.
 
-Which shard is whose, the order, and the position are kept here and not by `datasets` or Accelerate: an epoch must see
-no image twice, and `datasets` loses what its shuffle buffer holds when it resumes.
+The assignment of shards, the order and the position are managed here, not by `datasets` or Accelerate. An epoch must
+not see an image twice, and `datasets` loses the content of its shuffle buffer when it resumes.
 """
 
 import random
@@ -26,11 +27,14 @@ from .shards import ShardedRows, unbroken_rows
 
 logger = logging.get_logger(__name__)
 
-Position = tuple[int, int, int]  # shard in the reader's list, example in it where the block starts, taken of the block
+# The index of a shard in the reader's list, the index in this shard at which the current block starts, and the number
+# of examples of the block that have been taken
+Position = tuple[int, int, int]
 
 
 class StreamBatch(NamedTuple):
-    """What a reader hands on: a batch, `None` at its end, with where it is and the problems since the last one."""
+    """A batch of a reader, `None` after its last one, with the reader's position and the problems since the previous
+    batch."""
 
     slot: int
     batch: Batch | None
@@ -40,22 +44,23 @@ class StreamBatch(NamedTuple):
 
 class ImageStream(IterableDataset):
     r"""
-    The batches of one process, made in its workers.
+    The batches of one process, which its workers make.
 
-    Each worker of each process is a reader. With at least as many shards as readers a shard has one reader; with
-    fewer, each reader takes every n-th example of all shards. A reader shuffles blocks of `shuffle_buffer` rows, and
-    drops its last short batch. All of it, augmentation too, is decided by seed, epoch, reader and position, so that a
-    run that is resumed goes on as if it had not stopped.
+    Each worker of each process is a reader. If there are at least as many shards as readers, each shard has one
+    reader. Otherwise each reader takes every n-th example of all shards. A reader shuffles blocks of `shuffle_buffer`
+    rows and drops an incomplete last batch. Order and augmentation depend only on seed, epoch, reader and position. So
+    a resumed run continues as if it had not stopped.
 
     Args:
         rows ([`ShardedRows`]): The training split.
-        read ([`ReadLabelled`] or [`ReadCaptioned`]): From a row to an example, or what is wrong with it.
-        collate (`Callable`): From examples to a batch.
-        batch_size (`int`): Examples a batch of this process.
-        seed (`int`): Of order and augmentation.
-        shuffle_buffer (`int`): Rows, not decoded, that a reader shuffles together.
+        read ([`ReadLabelled`] or [`ReadCaptioned`]): Makes an example of a row, or says why the row is rejected.
+        collate (`Callable`): Makes a batch of a list of examples.
+        batch_size (`int`): Number of examples in a batch of this process.
+        seed (`int`): Seed of order and augmentation.
+        shuffle_buffer (`int`): Number of rows, not decoded, that a reader shuffles together.
         on_bad_example (`str`): `"skip"` or `"raise"`.
-        process_index, num_processes (`int`): Which process of how many.
+        process_index (`int`): Index of this process.
+        num_processes (`int`): Number of processes.
     """
 
     def __init__(
@@ -78,18 +83,19 @@ class ImageStream(IterableDataset):
         self.next_slot = 0
         self.positions: dict[int, Position] = {}
         self.num_slots: int | None = None
-        self.problems: dict[str, None] = {}  # those of this process, in the order of their first sight
+        # The problems of this process in order of appearance. The dictionary serves as an ordered set.
+        self.problems: dict[str, None] = {}
         self._new_problems: list[str] = []
 
     # ---- Position, in the main process
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts an epoch. The current one goes on from where it is."""
+        """Starts an epoch. If it is the current epoch, the position stays as it is."""
         if epoch != self.epoch:
             self.epoch, self.positions, self.next_slot = epoch, {}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of this process after the last batch that its loader gave: each process keeps its own."""
+        """The position of this process after the last batch that its loader gave. Each process has its own."""
         return {
             "epoch": self.epoch,
             "next_slot": self.next_slot,
@@ -98,15 +104,16 @@ class ImageStream(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state of the same process.
+        """Continues from a state of the same process.
 
         Raises:
-            `ValueError`: if processes, workers, seed, batch or shards are not those of the state.
+            `ValueError`: if the number of processes or workers, the seed, the batch size, the shuffle buffer or the
+                number of shards differs from that of the state.
         """
         if state["readers"] != self._readers():
             raise ValueError(
-                f"A stream's position belongs to its readers: it was kept for {state['readers']}, and this run has "
-                f"{self._readers()}. Resume with the same, or start a new epoch with `set_epoch`."
+                f"A stream's position is only valid for the same readers: it was saved with {state['readers']}, but "
+                f"this run has {self._readers()}. Resume with the same readers, or start a new epoch: `set_epoch`."
             )
         self.epoch, self.next_slot = state["epoch"], state["next_slot"]
         self.positions = {int(slot): tuple(position) for slot, position in state["positions"].items()}
@@ -123,16 +130,16 @@ class ImageStream(IterableDataset):
         }
 
     def note(self, item: StreamBatch) -> None:
-        """Keeps the position and the problems that come with a batch."""
+        """Stores the position and the problems that come with a batch."""
         for problem in item.problems:
             if problem not in self.problems and len(self.problems) < MAX_NAMED:
                 logger.warning(f"Skipped: {problem}")
             self.problems[problem] = None
-        self.positions[item.slot] = tuple(item.position)  # collation makes lists of tuples
+        self.positions[item.slot] = tuple(item.position)  # collation has made a list of it
         self.next_slot = (item.slot + 1) % self.num_slots
 
     def end_epoch(self) -> None:
-        """After the last batch of all readers: the next pass is the next epoch."""
+        """Moves on to the next epoch, after the last batch of all readers."""
         self.set_epoch(self.epoch + 1)
 
     # ---- Reading, in the workers
@@ -140,13 +147,13 @@ class ImageStream(IterableDataset):
     def __iter__(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
         index, num_slots = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        slot = (index + self.next_slot) % num_slots  # a resumed run goes on with the worker whose turn it was
+        slot = (index + self.next_slot) % num_slots  # a resumed run starts with the worker whose turn it was
         position = self.positions.get(slot, (0, 0, 0))
         for item in self._batches(slot, num_slots, position):
             position = item.position
             yield item
         yield StreamBatch(slot, None, position, self._take_problems())
-        # A worker that ended would lose its turn at a moment that depends on timing, and the order with it
+        # If a worker ended, the moment at which it lost its turn, and with it the order, would depend on timing.
         while True:
             yield StreamBatch(slot, None, position, [])
 
@@ -166,7 +173,7 @@ class ImageStream(IterableDataset):
                 examples = []
 
     def _shuffled(self, reader: int, num_readers: int, position: Position) -> Iterator[tuple[Position, Row]]:
-        """The reader's rows, shuffled a block at a time: to resume is to read one block again."""
+        """The reader's rows, shuffled one block at a time. Resuming has to read only one block again."""
         *start, taken = position
         rows = self._own_rows(reader, num_readers, tuple(start))
         while block := list(islice(rows, self.shuffle_buffer)):
@@ -184,7 +191,7 @@ class ImageStream(IterableDataset):
         is_shared = len(shards) < num_readers
         if not is_shared:
             shards = shards[reader::num_readers]
-        report = self._report if not is_shared or reader == 0 else _ignore  # a shared shard is named once
+        report = self._report if not is_shared or reader == 0 else _ignore  # a shared shard is reported once
         for (place, index), row in unbroken_rows(self.rows, shards, report, start):
             if is_shared and index % num_readers != reader:
                 continue
@@ -203,17 +210,18 @@ class ImageStream(IterableDataset):
 
 
 def _ignore(problem: str) -> None:
-    """Another reader reports it."""
+    """Does nothing: another reader reports the problem."""
 
 
 def random_generator(*key: int) -> np.random.Generator:
-    """Random numbers that depend on the key alone."""
+    """A generator of random numbers that depend only on the key."""
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Within it the global generators, which augmentations draw from, depend on the key alone; then they go on."""
+    """A context in which the global random generators, from which augmentations draw, depend only on the key.
+    Afterwards they continue as before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     set_seed(seed_for(*key))
     try:
@@ -228,20 +236,21 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class StreamLoader(DataLoader):
-    """
-    The batches of a process on its device, in an order that no timing changes. `dataset` knows the position: of the
-    last batch given, whatever the workers have read ahead. Its length is that of an epoch of whole steps; processes
-    may have more or fewer batches, by what their shards hold.
+    r"""
+    The batches of a process on its device, in an order that does not depend on timing. `dataset` holds the position
+    after the last batch that was given, no matter what the workers have read ahead. The length is the number of
+    batches of an epoch of whole steps. A process may have more or fewer batches, depending on the size of its shards.
 
     Args:
         stream ([`ImageStream`]): The data of this process.
-        num_workers (`int`): Processes that read and decode.
-        device (`torch.device`): Where batches go.
-        num_batches (`int`): Batches of a process in an epoch.
+        num_workers (`int`): Number of processes that read and decode.
+        device (`torch.device`): The device of the batches.
+        num_batches (`int`): Number of batches of a process in an epoch.
     """
 
     def __init__(self, stream: ImageStream, num_workers: int, device: torch.device, num_batches: int):
-        # A generator of its own: the global one, on which the model's noise hangs, must not depend on resuming
+        # The loader has its own generator: the state of the global one, from which the model's noise is drawn, must
+        # not depend on whether the run was resumed.
         super().__init__(
             stream,
             batch_size=None,
@@ -271,8 +280,8 @@ class StreamLoader(DataLoader):
         if is_whole_epoch and is_empty:
             problems = list(stream.problems)
             raise ValueError(
-                f"Process {stream.process_index} has not one batch of {stream.batch_size} good examples a worker. "
-                + (name_problems(problems, "problems") if problems else "There are too few.")
+                f"Process {stream.process_index} cannot fill one batch of {stream.batch_size} valid examples per "
+                "worker. " + (name_problems(problems, "problems") if problems else "There are too few examples.")
             )
         stream.end_epoch()
 
@@ -287,10 +296,11 @@ def make_stream_loader(
     seed: int = 0,
 ) -> StreamLoader:
     r"""
-    The training batches of this process. Accelerate must not prepare it: it would shard the data a second time.
+    Makes the loader of this process's training batches. Accelerate must not prepare it, since it would shard the data
+    a second time.
 
     Raises:
-        `ValueError`: if the size of the split is not known, or is below the batch size.
+        `ValueError`: if the size of the split is not known, or is smaller than the batch size.
     """
     num_examples = data.num_examples or rows.num_examples
     if num_examples is None:
@@ -314,7 +324,7 @@ def make_stream_loader(
 
 
 def report_problems(accelerator: Accelerator, loader: StreamLoader) -> list[str]:
-    """At the end of a run: counts and names what all processes skipped, and returns it."""
+    """Reports, at the end of a run, what all processes skipped, and returns it."""
     problems = sorted(set(gather_object(list(loader.dataset.problems))))
     if problems and accelerator.is_main_process:
         logger.warning(name_problems(problems, "broken shards and bad examples were skipped"))

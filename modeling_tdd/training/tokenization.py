@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""A tokenizer of a caption set's own words or pieces, through `tokenizers`."""
+"""Trains a tokenizer on the words or subwords of a set of captions, with `tokenizers`."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
 DEFAULT_BPE_SIZE = 8192
-# A word or a punctuation mark, with the space in front of it, which is "▁" by then.
+# A word or a punctuation mark with the space in front of it, which has become "▁" at that point.
 TOKEN_PATTERN = r"▁?\w+|▁?[^\w▁]"
 
 
@@ -17,20 +17,26 @@ def train_tokenizer(
     captions: Sequence[str], kind: str = "word", vocab_size: int | None = None, lower_case: bool | None = None
 ) -> PreTrainedTokenizerFast:
     r"""
-    Trains a tokenizer whose decoding gives captions back exactly, spaces and punctuation included.
+    Trains a tokenizer whose decoding restores captions exactly, spaces and punctuation included.
 
-    `[PAD]` is token 0, then come `[UNK]`, `[EOS]` and `[MASK]`. None is added to a caption: a prompt has no end. A
-    `[MASK]` in a text takes the place of a word with the space in front of it.
+    `[PAD]` is token 0, followed by `[UNK]`, `[EOS]` and `[MASK]`. The tokenizer adds none of them to a text, since a
+    prompt has no end. A `[MASK]` in a text replaces a word together with the space in front of it.
 
     Args:
         captions (`Sequence[str]`): Training captions.
         kind (`str`, *optional*, defaults to `"word"`):
-            `"word"`: words and punctuation marks, other words are `[UNK]`. `"bpe"`: pieces of them.
-        vocab_size (`int`, *optional*): Size with the special tokens. By default all words, or 8,192 pieces.
-        lower_case (`bool`, *optional*): Whether to lower-case texts. By default, where all captions are lower case.
+            `"word"`: tokens are words and punctuation marks, and unknown words are `[UNK]`. `"bpe"`: tokens are
+            subwords, by byte-pair encoding.
+        vocab_size (`int`, *optional*):
+            Size of the vocabulary, special tokens included. By default all words, or 8,192 subwords.
+        lower_case (`bool`, *optional*):
+            Whether to lower-case texts. By default only if all captions are lower case.
+
+    Returns:
+        `PreTrainedTokenizerFast`: the tokenizer.
 
     Raises:
-        `ValueError`: for an unknown kind, no captions, or a vocabulary without room for a word.
+        `ValueError`: for an unknown kind, no captions, or a vocabulary that is too small to hold a word.
 
     Example:
 
@@ -55,7 +61,7 @@ def train_tokenizer(
     else:
         tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", fuse_unk=True))
         trainer = trainers.BpeTrainer(vocab_size=vocab_size or DEFAULT_BPE_SIZE, special_tokens=specials)
-    # What the normaliser changes is lost: composed characters, single spaces, and lower case where all is.
+    # Decoding cannot undo the normaliser, which composes characters, makes spaces single and may lower the case.
     steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")]
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()] if lower_case else steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
