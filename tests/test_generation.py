@@ -126,6 +126,8 @@ def test_guidance_by_hand(make_captioner: MakeCaptioner) -> None:
 
 # ---- Determinism and batches
 
+RISING = {"guidance_schedule": "linear"}
+
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 @pytest.mark.parametrize(
@@ -137,6 +139,8 @@ def test_guidance_by_hand(make_captioner: MakeCaptioner) -> None:
         ("right", {"num_return_sequences": 2}),
         ("left", {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}),
         ("right", {"stability_threshold": 2, "num_inference_steps": 12, "guidance_scale": 1.5}),
+        # Without guidance in the first step: the null condition is first read when rows may have left
+        (None, {"stability_threshold": 1, "num_inference_steps": 12, "guidance_scale": 1.5, **RISING}),
         ("left", {"max_new_tokens": 3}),
         ("right", {"repetition_penalty": 1.5, "bad_words_ids": [[5], [6, 7]]}),
     ],
@@ -284,6 +288,7 @@ def test_several_captions_differ_and_the_first_is_the_caption_itself(
             for captions in sequences.unbind(1):
                 assert torch.equal(captions[:, : mask.shape[1]][mask], tokens[mask])
     assert torch.equal(model.generate(pixel_values, num_return_sequences=4, **call), outputs.sequences)
+    assert name != "processed" or not (sequences == 5).any()
     # Padding stands behind the end alone, and every row has its steps
     is_pad = sequences == PAD
     assert (is_pad.int().diff(dim=-1) >= 0).all()
