@@ -519,6 +519,18 @@ def test_bad_words_of_a_settled_place(make_captioner: MakeCaptioner) -> None:
     assert model.generate(images(1), num_inference_steps=2)[0].tolist() == [5, 7]
 
 
+def test_bad_words_behind_an_end_that_is_revised(make_captioner: MakeCaptioner) -> None:
+    """MDD: place 2 stands behind a predicted end when it is unmasked for good. Then place 0 is no end after all."""
+    model = make_captioner(corruption="mask", noise_schedule="linear", max_position_embeddings=3)
+    first, later = torch.full((3, 20), -20.0), torch.full((3, 20), -20.0)
+    first[0, EOS], first[1, PAD], first[1, 9], first[2, 5], first[2, 8] = 2.0, 2.0, 2.0, 9.0, 3.0
+    later[0, 7], later[1, 9], later[2, 5] = 9.0, 9.0, 9.0
+    Script(model, torch.stack([first, later])[None])
+    assert model.generate(images(1), num_inference_steps=2)[0].tolist() == [7, 9, 5]
+    Script(model, torch.stack([first, later])[None])
+    assert model.generate(images(1), num_inference_steps=2, bad_words_ids=[[5]])[0].tolist() == [7, 9, 8]
+
+
 def test_repetition_penalty_by_hand(make_captioner: MakeCaptioner) -> None:
     model = make_captioner(max_position_embeddings=4)
     places = [{5: 2.0}, {5: 2.0, 6: 1.5}, {EOS: 3.0}, {PAD: 3.0, 9: 2.9}]
