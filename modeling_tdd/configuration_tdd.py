@@ -251,10 +251,6 @@ class TDDConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # SigLIP's attention-pooling head reads what we read, and nothing reads it: it would be dead weight, and
-        # parameters without gradients stop distributed training.
-        if getattr(self.vision_config, "vision_use_head", False):
-            self.vision_config.vision_use_head = False
         for name, value in self._task_defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tdd import TDDConfig, check_inference_settings
 from .diffusion_tdd import NoiseSchedule, add_noise, noise_factor, one_hot
+from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
 from .loss_tdd import diffusion_loss
 from .sampling_tdd import (
@@ -375,6 +376,17 @@ class TDDPreTrainedModel(PreTrainedModel):
                     init.normal_(parameter, std=self.config.initializer_range)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TDDPreTrainedModel":
+        """As in Transformers, which makes all weights that it loads require a gradient: the encoder's that need none
+        do not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        for module in model.modules():
+            if isinstance(module, TDDModel):
+                module.freeze()
+        return loaded
+
+    @classmethod
     def from_encoder_pretrained(
         cls, encoder_name_or_path: str, *, encoder_kwargs: dict[str, Any] | None = None, **config_kwargs: Any
     ) -> "TDDPreTrainedModel":
@@ -593,50 +605,31 @@ class TDDModel(TDDPreTrainedModel):
             Whether there is a connector and a denoiser; the one-token MDD classifier has none.
 
     Raises:
-        `ValueError`: if `pooling="cls"` and the encoder has no class token.
+        `ValueError`: for an encoder that [`~encoder_tdd.build_encoder`] refuses.
     """
 
     def __init__(self, config: TDDConfig, add_denoiser: bool = True):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.vision_config)
-        self._drop_unread_weights()
-        timm_model = getattr(self.encoder, "timm_model", None)
-        self.encoder_hidden_size = config.vision_config.hidden_size if timm_model is None else timm_model.num_features
-        self.num_special_tokens = self._count_special_tokens()
-        if config.pooling == "cls" and self.num_special_tokens == 0:
-            raise ValueError(
-                "`pooling='cls'` needs an encoder with a class token, and "
-                f"`{config.vision_config.model_type}` has none. Use `pooling='mean'`, or `None` for all tokens."
-            )
-        if config.freeze_encoder:
-            self.encoder.requires_grad_(False)
+        self.encoder, self.encoder_layout = build_encoder(config.vision_config, config.pooling)
+        self.encoder_hidden_size = self.encoder_layout.hidden_size
+        self.num_special_tokens = self.encoder_layout.num_special_tokens
+        self.freeze()
         self.connector = TDDConnector(config, self.encoder_hidden_size) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
         self.post_init()
+
+    def freeze(self) -> None:
+        """Lets some of the encoder's weights require no gradient: all of them with `config.freeze_encoder`, otherwise
+        those that nothing reads, which would stop distributed training."""
+        freeze_unread(self.encoder, self.config.vision_config)
+        if self.config.freeze_encoder:
+            self.encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TDDModel":
         super().train(mode)
         if self.config.freeze_encoder:
             self.encoder.eval()  # batch statistics and dropout would change frozen features
         return self
-
-    def _drop_unread_weights(self) -> None:
-        """Parameters that no output of ours reads would get no gradient, which stops distributed training."""
-        if getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None
-        # timm's heads, without a classifier, keep a norm or an attention pooling behind the tokens that we read
-        heads = ("timm_model.head.", "timm_model.fc_norm.", "timm_model.attn_pool.")
-        for name, parameter in self.encoder.named_parameters():
-            if name.endswith("mask_token") or name.startswith(heads):
-                parameter.requires_grad_(False)
-
-    def _count_special_tokens(self) -> int:
-        """Class and register tokens in front of the encoder's patch tokens."""
-        timm_model = getattr(self.encoder, "timm_model", None)
-        if timm_model is not None:
-            return getattr(timm_model, "num_prefix_tokens", 0)
-        has_class_token = any(name.endswith("cls_token") for name, _ in self.encoder.named_parameters())
-        return 1 + getattr(self.config.vision_config, "num_register_tokens", 0) if has_class_token else 0
 
     def get_input_embeddings(self) -> nn.Module | None:
         return None if self.denoiser is None else self.denoiser.token_embedding
@@ -667,19 +660,11 @@ class TDDModel(TDDPreTrainedModel):
         """
         self._check_pixels(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            outputs = self.encoder(pixel_values, **kwargs)
-        tokens = outputs.last_hidden_state
-        if tokens.ndim == 4:  # a convolutional map; timm has encoders with channels first and last
-            channels_last = tokens.shape[-1] == self.encoder_hidden_size
-            tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
-        features = tokens
-        if self.config.pooling == "cls":
-            features = tokens[:, :1]
-        elif self.config.pooling == "mean":
-            features = tokens[:, self.num_special_tokens :].mean(dim=1, keepdim=True)
+            outputs = run_encoder(self.encoder, self.encoder_layout, pixel_values, **kwargs)
+        tokens = as_tokens(outputs.last_hidden_state, self.encoder_layout)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
-            pooler_output=features,
+            pooler_output=pool_tokens(tokens, self.config.pooling, self.encoder_layout),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -687,7 +672,7 @@ class TDDModel(TDDPreTrainedModel):
     def _check_pixels(self, pixel_values: Tensor) -> None:
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given.")
-        channels = getattr(self.config.vision_config, "num_channels", 3)
+        channels = self.encoder_layout.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
                 f"`pixel_values` must have shape (batch_size, {channels}, height, width), got "

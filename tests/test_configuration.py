@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     Dinov2Config,
     PreTrainedConfig,
-    SiglipConfig,
     SiglipVisionConfig,
     TimmWrapperConfig,
     ViTConfig,
@@ -262,12 +261,6 @@ def test_corruption_is_saved(tmp_path: Path) -> None:
 def test_num_categories_are_the_labels_unless_there_is_a_vocabulary() -> None:
     assert TDDConfig(num_labels=12).num_categories == 12
     assert TDDConfig(num_labels=12, vocab_size=30).num_categories == 30
-
-
-def test_siglip_head_that_nothing_reads_is_left_out() -> None:
-    vision_config = SiglipConfig().vision_config
-    assert getattr(vision_config, "vision_use_head", True)
-    assert not TDDConfig(vision_config=vision_config, pooling="mean").vision_config.vision_use_head
 
 
 BAD_FIELDS = [

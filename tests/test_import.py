@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-FLAT_MODULES = ("configuration", "diffusion", "generation", "modeling", "pipeline", "processing")
+FLAT_MODULES = ("configuration", "diffusion", "encoder", "generation", "modeling", "pipeline", "processing")
 
 
 def test_import_adds_its_own_modules_and_next_to_nothing_else(tmp_path: Path) -> None:

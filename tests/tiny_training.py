@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -154,7 +154,9 @@ def use_fsdp(accelerator: Accelerator) -> None:
         cpu_ram_efficient_loading=False,
         state_dict_type="FULL_STATE_DICT",
     )
-    accelerator.state.distributed_type = DistributedType.FSDP
+    # Each new `AcceleratorState` copies the type from `PartialState`
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
 
 
 def run(folder: Path, **options: Any) -> None:
