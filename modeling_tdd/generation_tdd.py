@@ -647,8 +647,9 @@ class TokenLogitsProcessor:
         self.processors = LogitsProcessorList(logits_processor or [])
         if config.bad_words_ids is not None:
             self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
+        self.penalties = LogitsProcessorList()
         if config.repetition_penalty != 1.0:
-            self.processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+            self.penalties.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
         self.warpers = LogitsProcessorList()
         if config.do_sample and config.temperature is not None:
             self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
@@ -663,14 +664,16 @@ class TokenLogitsProcessor:
             is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             is_end[self.end_tokens] = True
             logits = logits.masked_fill(self.before_content[rows][..., None] & is_end, float("-inf"))
-        if not self.processors:
+        if not self.processors and not self.penalties:
             return self.warpers(None, logits.flatten(0, 1)).view(logits.shape)
         before = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
         has_ended = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
         processed = []
         for place in range(logits.shape[1]):
+            # Behind the end too: a later step may move the end, and what is unmasked (MDD) stays
+            place_logits = self.processors(before, logits[:, place])
             # Behind the end stands padding, which is no repetition
-            place_logits = torch.where(has_ended, logits[:, place], self.processors(before, logits[:, place]))
+            place_logits = torch.where(has_ended, place_logits, self.penalties(before, place_logits))
             processed.append(self.warpers(before, place_logits))
             token = choose(processed[-1], place)[:, None]
             before = torch.cat([before, token], dim=1)

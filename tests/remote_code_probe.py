@@ -36,11 +36,9 @@ def auto_class_outputs(classifier: str, captioner: str, image: Image.Image) -> d
         pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
         outputs[f"{name} pixels"] = pixels
         base = AutoModel.from_pretrained(folder, **trusted)
-        inputs_embeds = torch.randn(
-            1, base.config.max_position_embeddings, base.config.hidden_size, generator=torch.Generator().manual_seed(0)
-        )
+        tokens = torch.ones(1, base.config.max_position_embeddings, dtype=torch.long)
         with torch.no_grad():
-            outputs[f"{name} hidden"] = base(pixels, inputs_embeds).last_hidden_state
+            outputs[f"{name} hidden"] = base(pixels, tokens, timesteps=torch.tensor([7])).last_hidden_state
     model = AutoModelForImageClassification.from_pretrained(classifier, **trusted)
     with torch.no_grad():
         outputs["logits"] = model(outputs["classifier pixels"]).logits
@@ -49,7 +47,7 @@ def auto_class_outputs(classifier: str, captioner: str, image: Image.Image) -> d
     processor = AutoProcessor.from_pretrained(captioner, **trusted)
     inputs = processor(images=[image], text="the red", return_tensors="pt")
     generated = model.generate(**inputs, return_dict_in_generate=True, num_return_sequences=2)
-    outputs |= {"sequences": generated.sequences, "scores": generated.scores}
+    outputs |= {"sequences": generated.sequences, "log_probs": generated.log_probs}
     outputs["tokens"] = AutoTokenizer.from_pretrained(captioner)("a cat on the sofa", return_tensors="pt")["input_ids"]
     return outputs
 

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, TimmWrapperConfig, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForImageTextToText,
+    TimmWrapperConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTModel,
+)
 
-from modeling_tdd import TDDForCaptioning
+from modeling_tdd import TDDConfig, TDDForCaptioning
 
 
 MakeCaptioner = Callable[..., TDDForCaptioning]
@@ -29,10 +36,10 @@ def captions() -> Tensor:
 
 def draw_fixed(model: TDDForCaptioning, rows: int = 4, repeats: int = 3) -> dict[str, Tensor]:
     """Timesteps and noise, so that two losses differ by what a test changes alone."""
-    corruption = model.model.denoiser.corruption()
-    noise = corruption.draw_noise(rows * repeats, NUM_PLACES, torch.Generator().manual_seed(2))
+    draw = torch.rand if model.config.corruption == "mask" else torch.randn
+    shape = (rows, repeats, NUM_PLACES, model.config.noise_width)
     timesteps = torch.arange(1, rows * repeats + 1).view(rows, repeats) % 20 + 1
-    return {"timesteps": timesteps, "noise": noise.view(rows, repeats, NUM_PLACES, -1)}
+    return {"timesteps": timesteps, "noise": draw(shape, generator=torch.Generator().manual_seed(2))}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -68,26 +75,31 @@ def test_feature_reuse_equals_repeating_the_image(
 def test_loss_by_hand(
     make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor, loss_weighting: str, pad_loss_weight: float
 ) -> None:
-    """One timestep an image, so that `logits` are the very scores that the loss compares."""
+    """One timestep an image, so that `logits` are the very ones that the loss compares. The mean is over all places,
+    whatever they weigh: a caption counts the same in any batch."""
     model = make_captioner(
-        pad_loss_weight=pad_loss_weight, loss_weighting=loss_weighting, timesteps_per_image=1, condition_dropout=0.0
+        pad_loss_weight=pad_loss_weight,
+        loss_weighting=loss_weighting,
+        timestep_sampling="shared",
+        timesteps_per_image=1,
+        condition_dropout=0.0,
     ).train()
+    alpha_bar = model.model.denoiser.schedule_on(torch.device("cpu")).alpha_bar
     timesteps = torch.tensor([[1], [6], [11], [20]])
     outputs = model(pixel_values, captions, timesteps=timesteps)
     log_probabilities = outputs.logits.log_softmax(-1)
-    total, weights = torch.tensor(0.0), 0.0
+    total = torch.tensor(0.0)
     for row in range(4):
-        coefficient = 1.0 if loss_weighting == "none" else model.model.denoiser.alpha_bar[timesteps[row, 0]]
+        coefficient = 1.0 if loss_weighting == "none" else alpha_bar[timesteps[row, 0]]
         for place, token in enumerate(captions[row].tolist()):
             weight = pad_loss_weight if token == PAD else 1.0
             total = total - coefficient * weight * log_probabilities[row, place, token]
-            weights += weight
-    torch.testing.assert_close(outputs.loss, total / weights)
+    torch.testing.assert_close(outputs.loss, total / (4 * NUM_PLACES))
 
 
 def test_mdd_counts_masked_places_alone(make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor) -> None:
     model = make_captioner(
-        corruption="mask", timesteps_per_image=1, condition_dropout=0.0, loss_weighting="none", pad_loss_weight=0.5
+        corruption="mask", timesteps_per_image=1, condition_dropout=0.0, pad_loss_weight=0.5
     ).train()
     timesteps = torch.full((4, 1), 10)  # alpha_bar is 0.5 there: noise of 0.5 and above masks
     noise = torch.zeros(4, 1, NUM_PLACES, 1)
@@ -95,8 +107,7 @@ def test_mdd_counts_masked_places_alone(make_captioner: MakeCaptioner, pixel_val
     noise[1, 0, 3:5] = 0.9  # two places of padding
     outputs = model(pixel_values, captions, timesteps=timesteps, noise=noise)
     losses = nn.functional.cross_entropy(outputs.logits.transpose(1, 2), captions, reduction="none")
-    weights = torch.where(captions == PAD, 0.5, 1.0).sum()
-    expected = (losses[0, :2].sum() + 0.5 * losses[1, 3:5].sum()) / weights
+    expected = (losses[0, :2].sum() + 0.5 * losses[1, 3:5].sum()) / (4 * NUM_PLACES)
     torch.testing.assert_close(outputs.loss, expected)
 
 
@@ -129,37 +140,89 @@ def test_nothing_masked_has_the_loss_0(make_captioner: MakeCaptioner, pixel_valu
     assert loss.item() == 0 and all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize(
-    ("fields", "training", "shows_mistakes"),
-    [
-        ({}, True, True),
-        ({}, False, False),
-        ({"timestep_sampling": "shared"}, True, False),
-        ({"corruption": "mask"}, True, False),
-        ({"mistaken_share": 0}, True, False),
-        ({"corruption": "mask", "mistaken_share": 0.1}, True, True),
-    ],
-    ids=str,
-)
-def test_training_shows_some_tokens_wrong(
-    make_captioner: MakeCaptioner,
-    pixel_values: Tensor,
-    captions: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    fields: dict[str, Any],
-    training: bool,
-    shows_mistakes: bool,
+@pytest.mark.parametrize("fields", [{}, {"timestep_sampling": "shared"}, {"corruption": "mask"}], ids=str)
+@torch.no_grad()
+def test_the_loss_in_eval_mode_is_the_same_at_each_call_and_in_each_batch(
+    make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor, fields: dict[str, Any]
 ) -> None:
-    model = make_captioner(**fields).train(training)
-    corruption_class = type(model.model.denoiser.corruption())
-    corrupt, shown = corruption_class.corrupt, []
-    monkeypatch.setattr(corruption_class, "corrupt", lambda *args: shown.append(args[1]) or corrupt(*args))
-    for _ in range(10):
-        model(pixel_values, captions)
-    right = captions.repeat_interleave(3, dim=0).repeat(10, 1)
-    wrong = torch.cat(shown) != right
-    assert wrong.any() == shows_mistakes
-    assert not wrong.all(1).any()
+    """So `eval_loss` can choose a checkpoint, and does not change with the batch size."""
+    model = make_captioner(**fields)
+    state = torch.get_rng_state()
+    loss = model(pixel_values, captions).loss
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    assert torch.equal(model(pixel_values, captions).loss, loss)
+    alone = [model(pixel_values[row : row + 1], captions[row : row + 1]).loss for row in range(4)]
+    assert len(set(alone)) == 4
+    torch.testing.assert_close(torch.stack(alone).mean(), loss, rtol=1e-5, atol=1e-6)
+    other_order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(model(pixel_values[other_order], captions[other_order]).loss, loss)
+    # Training draws anew at each call
+    model.train()
+    training = {model(pixel_values, captions).loss.item() for _ in range(3)}
+    assert len(training) == 3 and loss.item() not in training
+
+
+@pytest.mark.parametrize("cut", [[16], [8, 8], [1] * 16, [1, 15]], ids=lambda cut: f"{len(cut)} parts, first {cut[0]}")
+@pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"prediction_type": "epsilon"}], ids=str)
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(
+    make_captioner: MakeCaptioner, fields: dict[str, Any], cut: list[int]
+) -> None:
+    """16 captions of 1 to 8 tokens, at once and in parts whose losses are weighted by their share of the images."""
+    model = make_captioner(condition_dropout=0.0, **fields).double().train()
+    images = torch.randn(16, 3, 16, 16, dtype=torch.float64)
+    captions = torch.randint(3, 20, (16, NUM_PLACES))
+    for row in range(16):
+        captions[row, row // 2 :] = PAD
+        captions[row, row // 2] = EOS
+    fixed = draw_fixed(model, rows=16)
+    model(images, captions, **fixed).loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    for part in torch.arange(16).split(cut):
+        loss = model(images[part], captions[part], **{name: tensor[part] for name, tensor in fixed.items()}).loss
+        (loss * len(part) / 16).backward()
+    assert gradients(model).keys() == expected.keys()
+    # Noise and logits are float32 in a float64 model: float rounding remains
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size", [8, 2])
+def test_trainer_accumulates_the_gradient_of_one_batch(
+    make_captioner: MakeCaptioner, tmp_path: Path, batch_size: int
+) -> None:
+    """One step of plain SGD from 8 captions of very different lengths, at once and in 4 accumulated parts."""
+    model = make_captioner(condition_dropout=0.0)
+    captions = torch.randint(3, 20, (8, NUM_PLACES))
+    for row in range(8):
+        captions[row, row:] = PAD
+    fixed, images = draw_fixed(model, rows=8), torch.randn(8, 3, 16, 16)
+    rows = [
+        {"pixel_values": images[i], "labels": captions[i], **{name: fixed[name][i] for name in fixed}}
+        for i in range(8)
+    ]
+    reference = copy.deepcopy(model).train()
+    reference(images, captions, **fixed).loss.backward()
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=8 // batch_size,
+        max_steps=1,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        optim="sgd",
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    Trainer(model, arguments, train_dataset=rows).train()
+    for name, parameter in reference.named_parameters():
+        step = before[name] - model.get_parameter(name).detach()
+        torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_the_loss_in_eval_mode_drops_no_condition(
@@ -187,10 +250,8 @@ def test_a_dropped_row_has_the_loss_of_the_null_prefix(
     model.set_attn_implementation(attention)
     fixed = draw_fixed(model, repeats=1)
     dropped = model(pixel_values, captions, **fixed).logits
-    denoiser = model.model.denoiser
-    inputs, _ = denoiser.corruption().corrupt(captions, fixed["timesteps"].flatten(), fixed["noise"][:, 0])
-    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
-    expected = model(inputs_embeds=inputs, timesteps=fixed["timesteps"].flatten(), prefix_key_values=null).logits
+    null = model.model.denoiser(captions, fixed["timesteps"].expand(4, NUM_PLACES), fixed["noise"][:, 0])
+    expected = model.lm_head(null.last_hidden_state)
     torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -243,31 +304,72 @@ def test_image_features_stand_in_for_pixel_values(
         model(pixel_values, captions, image_features=features)
 
 
-@pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_eight_captions_are_learnt_by_heart(make_captioner: MakeCaptioner, corruption: str) -> None:
+def learn_eight_captions(model: TDDForCaptioning, steps: int) -> tuple[int, TDDForCaptioning, Tensor, Tensor]:
+    """How many of eight captions `generate` gives right with its default settings, and the model and its data."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(8, 3, 16, 16, generator=generator)
     captions = torch.randint(3, 20, (8, NUM_PLACES), generator=generator)
     for row in range(8):
         captions[row, 2 + row % 6] = EOS
         captions[row, 3 + row % 6 :] = PAD
-    vision_config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    model = make_captioner(
-        vision_config=vision_config, corruption=corruption, loss_weighting="none", num_hidden_layers=1
-    ).train()
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=250)
-    for _ in range(250):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    for _ in range(steps):
         optimizer.zero_grad()
         model(images, captions).loss.backward()
         optimizer.step()
         schedule.step()
     generated = model.eval().generate(images)
-    assert torch.equal(generated, captions)  # and so is token F1 1
+    return int((generated == captions).all(1).sum()), model, images, captions
+
+
+SMALL_VIT = ViTConfig(
+    image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+)
+# Sizes and what a captioner cannot do without; everything else has its default
+SMALL_CAPTIONER = {
+    "vision_config": SMALL_VIT,
+    "pooling": None,
+    "vocab_size": 20,
+    "max_position_embeddings": NUM_PLACES,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,  # narrow networks need more than the default, docs/decisions.md, 3
+}
+PAPERS_PROCESS = {
+    "noise_schedule": "cosine",
+    "input_weighting": "none",
+    "timestep_sampling": "shared",
+    "mistaken_share": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"freeze_encoder": True}, {"corruption": "mask"}, {"num_timesteps": 20}, PAPERS_PROCESS],
+    ids=["default", "frozen encoder", "masks", "T=20", "the paper's process"],
+)
+def test_eight_captions_are_learnt_by_heart(fields: dict[str, Any]) -> None:
+    model = TDDForCaptioning(TDDConfig(**SMALL_CAPTIONER, **fields))
+    steps = 250 if model.config.corruption == "mask" else 120  # masked places alone are learned from
+    right, model, images, captions = learn_eight_captions(model, steps)
+    assert right == 8  # and so is token F1 1
     with torch.no_grad():
         assert model(images, captions).loss < 0.3
+
+
+def test_weights_of_the_loss_decide_whether_captions_are_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above sees the fault that it is there for: weighted by alpha_bar, as for one token, the tokens of pure
+    noise, from which every caption starts, would be taught nothing."""
+    model = TDDForCaptioning(TDDConfig(**SMALL_CAPTIONER))
+    # The configuration refuses it, so it is set where nothing checks it
+    monkeypatch.setattr(model.model.denoiser.config, "loss_weighting", "alpha_bar")
+    assert learn_eight_captions(model, steps=120)[0] < 4
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
@@ -276,7 +378,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 ) -> None:
     plain = make_captioner(corruption=corruption, condition_dropout=0.0).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable()
     calls = [0, 0]
     for index, model in enumerate((plain, checkpointed)):
 
@@ -302,7 +404,7 @@ def test_bfloat16_trains_and_captions(
     torch.testing.assert_close(loss, reference(pixel_values, captions, **fixed).loss, rtol=0.02, atol=0.02)
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
     outputs = model.eval().generate(pixel_values.bfloat16(), guidance_scale=2.0, return_dict_in_generate=True)
-    assert outputs.sequences.shape == (4, NUM_PLACES) and outputs.scores.isfinite().all()
+    assert outputs.sequences.shape == (4, NUM_PLACES) and outputs.log_probs.isfinite().all()
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
@@ -329,13 +431,28 @@ def test_forward_without_labels_is_one_step(make_captioner: MakeCaptioner, pixel
         outputs = model(pixel_values, output_hidden_states=True, use_cache=True)
         assert outputs.loss is None and outputs.logits.shape == (4, NUM_PLACES, 20)
         assert len(outputs.hidden_states) == 3 and outputs.hidden_states[0].shape == (4, NUM_PLACES, 32)
-        again = model(prefix_key_values=outputs.prefix_key_values)
+        again = model(cache=outputs.cache)
         torch.testing.assert_close(again.logits, outputs.logits)
-        inputs, timesteps = torch.randn(4, NUM_PLACES, 32), torch.tensor([1, 5, 9, 20])
-        together = model(pixel_values, inputs_embeds=inputs, timesteps=timesteps).logits
-        alone = model(pixel_values[1:2], inputs_embeds=inputs[1:2], timesteps=timesteps[1:2]).logits
+        tokens, timesteps = torch.randint(20, (4, NUM_PLACES)), torch.tensor([1, 5, 9, 20])
+        noise = torch.randn(4, NUM_PLACES, 20)
+        together = model(pixel_values, tokens=tokens, timesteps=timesteps, noise=noise).logits
+        alone = model(pixel_values[1:2], tokens=tokens[1:2], timesteps=timesteps[1:2], noise=noise[1:2]).logits
         torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+        per_token = timesteps[:, None].expand(4, NUM_PLACES)
+        again = model(cache=outputs.cache, tokens=tokens, timesteps=per_token, noise=noise).logits
+        torch.testing.assert_close(again, together, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(together, outputs.logits, atol=0.1)
+
+
+@torch.no_grad()
+def test_one_step_without_tokens_is_noise_or_masks_alone(make_captioner: MakeCaptioner, pixel_values: Tensor) -> None:
+    model = make_captioner()
+    state = model(pixel_values).logits
+    assert torch.equal(model(pixel_values, tokens=torch.randint(20, (4, NUM_PLACES))).logits, state)  # at t = T
+    model = make_captioner(corruption="mask")
+    masks = torch.full((4, NUM_PLACES), 20)
+    assert torch.equal(model(pixel_values).logits, model(pixel_values, tokens=masks).logits)
+    assert not torch.allclose(model(pixel_values).logits, model(pixel_values, tokens=masks - 1).logits, atol=0.1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"tie_word_embeddings": True}], ids=str)

@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest, make_model: MakeModel, make_captioner:
 
 @torch.no_grad()
 def answer(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """What a user asks for: a classifier's scores, or captions."""
+    """What a user asks for: a classifier's logits, or captions."""
     return model.generate(pixel_values) if isinstance(model, TDDForCaptioning) else model(pixel_values).logits
 
 
@@ -91,34 +91,43 @@ def test_compiled_training(make_captioner: MakeModel, pixel_values: Tensor) -> N
 @torch.no_grad()
 def test_exported_encoder_and_step(model: nn.Module) -> None:
     encoder, step = PrefixEncoder(model).eval(), DenoiserStep(model).eval()
-    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows=2)
+    pixel_values, inputs = sample_inputs(model, rows=2)
     key_values = list(encoder(pixel_values))
     rows = {0: Dim("rows")}
     exported_encoder = torch.export.export(encoder, (pixel_values,), dynamic_shapes=(rows,)).module()
     exported_step = torch.export.export(
-        step, (inputs_embeds, timesteps, key_values), dynamic_shapes=(rows, rows, [rows] * len(key_values))
+        step, (inputs, key_values), dynamic_shapes=([rows] * len(inputs), [rows] * len(key_values))
     ).module()
-    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows=5)
+    pixel_values, inputs = sample_inputs(model, rows=5)
     key_values = list(encoder(pixel_values))
     torch.testing.assert_close(list(exported_encoder(pixel_values)), key_values, atol=1e-5, rtol=1e-5)
-    scores = step(inputs_embeds, timesteps, key_values)
-    torch.testing.assert_close(exported_step(inputs_embeds, timesteps, key_values), scores, atol=1e-5, rtol=1e-5)
-    assert scores.std(0).min() > 1e-3  # images and timesteps matter
+    logits = step(inputs, key_values)
+    torch.testing.assert_close(exported_step(inputs, key_values), logits, atol=1e-5, rtol=1e-5)
+    assert logits.std(0).min() > 1e-3  # images and noisy tokens matter
+    # And they are those of the model itself
+    expected = step.head(model.model.denoiser(*inputs, model.model.get_prefix(pixel_values)).last_hidden_state)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_a_model_works_after_it_was_exported_first(make_model: MakeModel, pixel_values: Tensor) -> None:
     """Its schedules are cached for all models, and the tracer's tensors must not be."""
     model = make_model(num_timesteps=17)  # a schedule that no other test has asked for
-    _, inputs_embeds, timesteps = sample_inputs(model, rows=2)
+    _, inputs = sample_inputs(model, rows=2)
     key_values = list(PrefixEncoder(model)(pixel_values[:2]))
-    torch.export.export(DenoiserStep(model).eval(), (inputs_embeds, timesteps, key_values))
+    torch.export.export(DenoiserStep(model).eval(), (inputs, key_values))
     assert type(model(pixel_values).logits.sum().item()) is float
 
 
+@pytest.mark.parametrize("kind", ["classifier", "captioner", "mask captioner"])
 @torch.no_grad()
-def test_onnx(model: nn.Module, tmp_path: Path) -> None:
-    """The script checks the parity; here a guided step is made of its files alone."""
+def test_onnx(make_model: MakeModel, make_captioner: MakeModel, tmp_path: Path, kind: str) -> None:
+    """The script checks the parity; here a guided step is made of its files alone. With more categories than the width
+    the factor of the noise is a constant of the graph."""
+    if kind == "classifier":
+        model = make_model(num_labels=50)
+    else:
+        model = make_captioner(vocab_size=50, corruption="mask" if kind == "mask captioner" else "gaussian")
     model.save_pretrained(tmp_path / "checkpoint")
     output = tmp_path / "onnx"
     program = [sys.executable, SCRIPTS / "export_onnx.py", tmp_path / "checkpoint", "--output", output]
@@ -127,13 +136,10 @@ def test_onnx(model: nn.Module, tmp_path: Path) -> None:
     assert {path.name for path in output.iterdir()} >= {"encoder.onnx", "denoiser_step.onnx"}
     assert sorted(tmp_path.iterdir()) == [tmp_path / "checkpoint", output]
 
-    pixel_values, inputs_embeds, timesteps = sample_inputs(model, rows=4)
-    denoiser = model.model.denoiser
-    prefix = model.model.get_prefix(pixel_values)
-    conditional = denoiser(inputs_embeds, timesteps, denoiser.encode_prefix(prefix)).last_hidden_state
-    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
-    unconditional = denoiser(inputs_embeds, timesteps, null).last_hidden_state
-    conditional, unconditional = (model.get_output_embeddings()(states) for states in (conditional, unconditional))
+    pixel_values, inputs = sample_inputs(model, rows=4)
+    denoiser, head = model.model.denoiser, model.get_output_embeddings()
+    conditional = head(denoiser(*inputs, prefix=model.model.get_prefix(pixel_values)).last_hidden_state)
+    unconditional = head(denoiser(*inputs).last_hidden_state)
     expected = unconditional + 2 * (conditional - unconditional)
 
     encoder = onnxruntime.InferenceSession(output / "encoder.onnx")
@@ -144,8 +150,8 @@ def test_onnx(model: nn.Module, tmp_path: Path) -> None:
         name: np.repeat(tensor.numpy(), 4, axis=0)
         for name, tensor in load_file(output / "null_condition.safetensors").items()
     }
-    inputs = {"inputs_embeds": inputs_embeds.numpy(), "timesteps": timesteps.numpy()}
-    (conditional,), (unconditional,) = (step.run(["logits"], {**inputs, **made}) for made in (of_images, of_nothing))
+    arrays = dict(zip(("tokens", "timesteps", "noise"), (tensor.numpy() for tensor in inputs)))
+    (conditional,), (unconditional,) = (step.run(["logits"], {**arrays, **made}) for made in (of_images, of_nothing))
     guided = torch.from_numpy(unconditional + 2 * (conditional - unconditional))
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
@@ -162,13 +168,13 @@ def test_mdds_classifier_has_no_step_to_export(make_model: MakeModel, tmp_path: 
 INT8 = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
 
 
-def assert_close_to(quantised: nn.Module, model: nn.Module, pixel_values: Tensor) -> None:
-    """One step's scores, to a twentieth of their spread, and not equal, or nothing was quantised. After one step the
+def assert_close_to(quantised: nn.Module, model: nn.Module, pixel_values: Tensor, tolerance: float = 0.05) -> None:
+    """One step's logits, to a share of their spread, and not equal, or nothing was quantised. After one step the
     argmax may turn rounding into another token, as it may in any loop of choices."""
     steps = {} if isinstance(model, TDDForCaptioning) else {"num_inference_steps": 1}
     with torch.no_grad():
-        expected, scores = model(pixel_values, **steps).logits, quantised(pixel_values, **steps).logits
-    assert 0 < (scores - expected).square().mean().sqrt() < 0.05 * expected.std()
+        expected, logits = model(pixel_values, **steps).logits, quantised(pixel_values, **steps).logits
+    assert 0 < (logits - expected).square().mean().sqrt() < tolerance * expected.std()
     assert answer(quantised, pixel_values).shape == answer(model, pixel_values).shape
 
 
@@ -193,7 +199,7 @@ def test_torchao_while_loading(model: nn.Module, pixel_values: Tensor, tmp_path:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_dynamic_quantisation(model: nn.Module, pixel_values: Tensor) -> None:
-    """PyTorch's own, older than torchao."""
+    """PyTorch's own, older than torchao and coarser: one scale for a whole matrix."""
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not isinstance(quantised.model.denoiser.layers[0].mlp.fc1, nn.Linear)
-    assert_close_to(quantised, model, pixel_values)
+    assert_close_to(quantised, model, pixel_values, tolerance=0.1)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Tests of `generate`: hand-made scores, determinism, early stopping, fixed tokens, and what it refuses."""
+"""Tests of `generate`: hand-made logits, determinism, early stopping, fixed tokens, and what it refuses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_tdd import TDDForCaptioning, TDDGenerationConfig
-from modeling_tdd.diffusion_tdd import apply_guidance
+from modeling_tdd.sampling_tdd import NoisyTokens, apply_guidance
 
 
 MakeCaptioner = Callable[..., TDDForCaptioning]
@@ -22,23 +22,39 @@ CORRUPTIONS = ("gaussian", "mask")
 
 
 class Script:
-    """In the place of a captioner's denoiser: its scores are a table of shape (rows, steps, N, K)."""
+    """In the place of a captioner's network: its logits are a table of shape (rows, steps, N, K)."""
 
-    def __init__(self, model: TDDForCaptioning, scores: Tensor):
-        self.scores = scores
-        self.rows = torch.arange(len(scores))
+    def __init__(self, model: TDDForCaptioning, logits: Tensor):
+        self.logits = logits
+        self.rows = torch.arange(len(logits))
         self.seen_rows: list[list[int]] = []
-        self.states: list[Tensor] = []
-        self.corruption = model.model.denoiser.corruption()
-        model.make_predictor = lambda *_: self
+        self.states: list[NoisyTokens] = []
+        model.make_network = lambda prefix: self
 
-    def __call__(self, state: Tensor, timestep: int, token_timesteps: Tensor | None = None) -> Tensor:
+    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
         self.states.append(state)
         self.seen_rows.append(self.rows.tolist())
-        return self.scores[self.rows, len(self.states) - 1]
+        return self.logits[self.rows, len(self.states) - 1]
+
+    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+        return prediction
 
     def select(self, keep: Tensor) -> None:
         self.rows = self.rows[keep]
+
+
+class UniformNetwork:
+    """Logits of 0 for any number of rows, so that the random numbers alone decide."""
+
+    def __init__(self, model: TDDForCaptioning):
+        self.shape = (model.config.max_position_embeddings, model.config.vocab_size)
+        model.make_network = lambda prefix: self
+
+    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
+        return torch.zeros(len(state.tokens), *self.shape)
+
+    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+        return prediction
 
 
 def script_tokens(model: TDDForCaptioning, drafts: Sequence, strength: float = 5.0) -> Script:
@@ -47,33 +63,33 @@ def script_tokens(model: TDDForCaptioning, drafts: Sequence, strength: float = 5
     return Script(model, strength * one_hot.float())
 
 
-def script_scores(
+def script_logits(
     model: TDDForCaptioning, places: list[dict[int, float]], rows: int = 1, steps: int = 1, rest: float = -20.0
 ) -> Script:
-    """A script of the same scores at each step: a dictionary from tokens to scores a place, and `rest` for others."""
-    scores = torch.full((len(places), model.config.vocab_size), rest)
+    """A script of the same logits at each step: a dictionary from tokens to logits a place, and `rest` for others."""
+    logits = torch.full((len(places), model.config.vocab_size), rest)
     for place, given in enumerate(places):
-        for token, score in given.items():
-            scores[place, token] = score
-    return Script(model, scores.expand(rows, steps, -1, -1))
+        for token, value in given.items():
+            logits[place, token] = value
+    return Script(model, logits.expand(rows, steps, -1, -1))
 
 
 def images(rows: int) -> Tensor:
     return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 
-# ---- Hand-made scores
+# ---- Hand-made logits
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_result_of_hand_made_scores(make_captioner: MakeCaptioner, corruption: str) -> None:
+def test_result_of_hand_made_logits(make_captioner: MakeCaptioner, corruption: str) -> None:
     model = make_captioner(corruption=corruption, max_position_embeddings=4)
     script_tokens(model, [[[5, 6, EOS, 9]], [[7, EOS, 8, PAD]], [[7, PAD, 8, EOS]]])
     outputs = model.generate(images(3), num_inference_steps=1, return_dict_in_generate=True)
     assert outputs.sequences.tolist() == [[5, 6, EOS, PAD], [7, EOS, PAD, PAD], [7, PAD, PAD, PAD]]
-    score = math.log(math.exp(5) / (math.exp(5) + 19))  # one token of 20 has the score 5, the others 0
-    expected = torch.tensor([[score] * 3 + [0.0], [score] * 2 + [0.0] * 2, [score] * 2 + [0.0] * 2])
-    torch.testing.assert_close(outputs.scores, expected)
+    log_prob = math.log(math.exp(5) / (math.exp(5) + 19))  # one token of 20 has the logit 5, the others 0
+    expected = torch.tensor([[log_prob] * 3 + [0.0], [log_prob] * 2 + [0.0] * 2, [log_prob] * 2 + [0.0] * 2])
+    torch.testing.assert_close(outputs.log_probs, expected)
     assert outputs.num_steps.tolist() == [1, 1, 1]
     assert outputs.trajectory is None
 
@@ -89,14 +105,11 @@ def test_sequences_alone_by_default(make_captioner: MakeCaptioner) -> None:
 def test_guidance_by_hand(make_captioner: MakeCaptioner) -> None:
     """One step from t = T, where every row reads the same noise."""
     model, pixel_values = make_captioner(), images(3)
-    denoiser = model.model.denoiser
     with torch.no_grad():
-        corruption = denoiser.corruption()
-        noise = corruption.draw_noise(1, 8, torch.Generator().manual_seed(3))
-        inputs = corruption.embed(corruption.start(noise)).expand(3, -1, -1)
-        conditional = model(pixel_values, inputs_embeds=inputs).logits
-        null = denoiser.encode_prefix(denoiser.null_prefix.expand(3, -1, -1))
-        unconditional = model(inputs_embeds=inputs, prefix_key_values=null).logits
+        noise = torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(3)).expand(3, -1, -1)
+        tokens, timesteps = torch.randint(20, (3, 8)), torch.full((3, 8), 20)
+        conditional = model(pixel_values, tokens=tokens, timesteps=timesteps, noise=noise).logits
+        unconditional = model.lm_head(model.model.denoiser(tokens, timesteps, noise).last_hidden_state)
     outputs = model.generate(
         pixel_values,
         num_inference_steps=1,
@@ -107,11 +120,13 @@ def test_guidance_by_hand(make_captioner: MakeCaptioner) -> None:
     )
     expected = apply_guidance(conditional, unconditional, 3.0).log_softmax(-1)
     assert torch.equal(outputs.trajectory.tokens[:, 0], expected.argmax(-1))
-    torch.testing.assert_close(outputs.trajectory.scores[:, 0], expected.max(-1).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.trajectory.log_probs[:, 0], expected.max(-1).values, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, conditional.log_softmax(-1), atol=0.1)
 
 
 # ---- Determinism and batches
+
+RISING = {"guidance_schedule": "linear"}
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
@@ -124,6 +139,8 @@ def test_guidance_by_hand(make_captioner: MakeCaptioner) -> None:
         ("right", {"num_return_sequences": 2}),
         ("left", {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}),
         ("right", {"stability_threshold": 2, "num_inference_steps": 12, "guidance_scale": 1.5}),
+        # Without guidance in the first step: the null condition is first read when rows may have left
+        (None, {"stability_threshold": 1, "num_inference_steps": 12, "guidance_scale": 1.5, **RISING}),
         ("left", {"max_new_tokens": 3}),
         ("right", {"repetition_penalty": 1.5, "bad_words_ids": [[5], [6, 7]]}),
     ],
@@ -153,15 +170,15 @@ def test_a_row_is_the_same_alone_and_in_a_batch(
         length = row.sequences.shape[1]
         assert torch.equal(batch.sequences[of_row, :length], row.sequences)
         assert (batch.sequences[of_row, length:] == PAD).all()
-        torch.testing.assert_close(batch.scores[of_row, :length], row.scores, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(batch.log_probs[of_row, :length], row.log_probs, rtol=1e-3, atol=1e-3)
         assert torch.equal(batch.num_steps[of_row], row.num_steps)
         if prompt is not None:
             assert (row.sequences[:, : len(prompts[index])] == torch.tensor(prompts[index])).all()
 
 
 def test_images_matter(make_captioner: MakeCaptioner) -> None:
-    scores = make_captioner().generate(images(2), return_dict_in_generate=True).scores
-    assert not torch.allclose(scores[0], scores[1], atol=0.01)
+    log_probs = make_captioner().generate(images(2), return_dict_in_generate=True).log_probs
+    assert not torch.allclose(log_probs[0], log_probs[1], atol=0.01)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -170,7 +187,7 @@ def test_seed_and_generator_decide_alone(make_captioner: MakeCaptioner, do_sampl
 
     def run(**kwargs: Any) -> Tensor:
         outputs = model.generate(pixel_values, do_sample=do_sample, return_dict_in_generate=True, **kwargs)
-        return torch.stack([outputs.sequences.float(), outputs.scores])
+        return torch.stack([outputs.sequences.float(), outputs.log_probs])
 
     first = run()
     torch.manual_seed(99)
@@ -183,16 +200,180 @@ def test_seed_and_generator_decide_alone(make_captioner: MakeCaptioner, do_sampl
     assert not torch.equal(run(generator=generator), run(generator=generator))  # it moves on
 
 
-def test_several_sequences_differ_and_stand_together(make_captioner: MakeCaptioner) -> None:
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_each_image_draws_numbers_of_its_own(make_captioner: MakeCaptioner, corruption: str, repeats: int) -> None:
+    """With uniform logits the caption is what is drawn."""
+    model, pixel_values = make_captioner(corruption=corruption), images(4)
+    UniformNetwork(model)
+
+    def run(pixels: Tensor = pixel_values, **kwargs: Any) -> Tensor:
+        # No token ends a caption, so that all draws are seen
+        kwargs = {"do_sample": True, "num_return_sequences": repeats, "eos_token_id": 19, "pad_token_id": 19, **kwargs}
+        outputs = model.generate(pixels, return_dict_in_generate=True, output_trajectory=True, **kwargs)
+        return outputs.trajectory.tokens[:, 0]
+
+    first = run()
+    assert len({tuple(row) for row in first.tolist()}) == 4 * repeats  # images and their captions all differ
+    assert torch.equal(run(), first)
+    assert all(not torch.equal(one, other) for one, other in zip(run(seed=1), first))
+    for index in range(4):
+        of_image = slice(index * repeats, (index + 1) * repeats)
+        assert torch.equal(run(pixel_values[index : index + 1]), first[of_image])
+    # The pixels decide, and not the place in the batch: equal images draw equally
+    swapped = run(pixel_values[[2, 1, 1, 0]]).unflatten(0, (4, repeats))
+    assert torch.equal(swapped, first.unflatten(0, (4, repeats))[[2, 1, 1, 0]])
+    changed = pixel_values.clone()
+    changed[0, 0, 0, 0] += 1e-4
+    assert not torch.equal(run(changed)[0], first[0]) and torch.equal(run(changed)[repeats:], first[repeats:])
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(run(generator=generator), first)
+    assert not torch.equal(run(generator=generator), first)
+    features = model.model.get_image_features(pixel_values).pooler_output
+    drawn = run(None, image_features=features)
+    assert len({tuple(row) for row in drawn.tolist()}) == 4 * repeats
+    assert torch.equal(run(None, image_features=features[3:]), drawn[3 * repeats :])
+
+
+@torch.no_grad()
+def test_images_of_half_precision_draw_too(make_captioner: MakeCaptioner) -> None:
+    model, pixel_values = make_captioner().bfloat16(), images(3).bfloat16()
+    UniformNetwork(model)
+    sequences = model.generate(pixel_values, do_sample=True)
+    assert len({tuple(row) for row in sequences.tolist()}) == 3
+    assert torch.equal(model.generate(pixel_values[1:2], do_sample=True), sequences[1:2])
+
+
+# ---- Several captions of an image
+
+
+ALTERNATIVES = {
+    "free": {},
+    "prompt": {
+        "input_ids": torch.tensor([[5, 6], [7, PAD], [9, 9]]),
+        "attention_mask": torch.tensor([[1, 1], [1, 0], [1, 1]]),
+    },
+    "infilling": {
+        "decoder_input_ids": torch.tensor([[5, 1, 7, 1, 9], [1, 4, 4, 1, 1], [1, 1, 1, 1, EOS]]),
+        "decoder_attention_mask": torch.tensor([[1, 0, 1, 0, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]]),
+    },
+    "short": {"max_new_tokens": 2},
+    "early stopping": {"stability_threshold": 1, "num_inference_steps": 12},
+    "guided": {"guidance_scale": 2.0},
+    "processed": {"repetition_penalty": 1.5, "bad_words_ids": [[5]]},
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_several_captions_differ_and_the_first_is_the_caption_itself(
+    make_captioner: MakeCaptioner, corruption: str, name: str
+) -> None:
+    """Where no token is drawn too: the others are the likeliest alternatives, whatever the noise contributes."""
+    model, pixel_values, call = make_captioner(corruption=corruption), images(3), ALTERNATIVES[name]
+    one = model.generate(pixel_values, **call)
+    outputs = model.generate(
+        pixel_values, num_return_sequences=4, return_dict_in_generate=True, output_trajectory=True, **call
+    )
+    sequences = outputs.sequences.unflatten(0, (3, 4))
+    assert torch.equal(sequences[:, 0], one)
+    for captions in sequences.tolist():
+        assert len({tuple(caption) for caption in captions}) == 4
+    for name_of_mask, name_of_tokens in (
+        ("attention_mask", "input_ids"),
+        ("decoder_attention_mask", "decoder_input_ids"),
+    ):
+        if name_of_mask in call:
+            mask, tokens = call[name_of_mask].bool(), call[name_of_tokens]
+            for captions in sequences.unbind(1):
+                assert torch.equal(captions[:, : mask.shape[1]][mask], tokens[mask])
+    assert torch.equal(model.generate(pixel_values, num_return_sequences=4, **call), outputs.sequences)
+    assert name != "processed" or not (sequences == 5).any()
+    # Padding stands behind the end alone, and every row has its steps
+    is_pad = sequences == PAD
+    assert (is_pad.int().diff(dim=-1) >= 0).all()
+    assert outputs.num_steps.shape == (12,) and outputs.log_probs.shape == outputs.sequences.shape
+    steps = len(outputs.trajectory.timesteps)
+    assert outputs.num_steps.max() == steps
+    assert outputs.trajectory.tokens.shape == (12, steps, sequences.shape[-1])
+    is_kept = outputs.log_probs != 0
+    assert torch.equal(outputs.trajectory.tokens[:, -1][is_kept], outputs.sequences[is_kept])
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_alternatives_are_the_same_alone_and_in_a_batch(make_captioner: MakeCaptioner, corruption: str) -> None:
+    model, pixel_values = make_captioner(corruption=corruption), images(5)
+    together = model.generate(pixel_values, num_return_sequences=3)
+    for index in range(5):
+        alone = model.generate(pixel_values[index : index + 1], num_return_sequences=3)
+        assert torch.equal(alone, together[3 * index : 3 * index + 3])
+
+
+def test_likeliest_alternatives_by_hand(make_captioner: MakeCaptioner) -> None:
+    """Three places, the last of which ends the caption. By their log-probabilities against the caption's own tokens
+    6 in place of 5 comes first, then 8 in place of 7, with 5 in front of it, and then 9 in place of 5."""
+    model = make_captioner(max_position_embeddings=4)
+    places = [{5: 3.0, 6: 2.9, 9: 1.0}, {7: 3.0, 8: 2.5}, {EOS: 9.0}, {PAD: 9.0}]
+
+    def run(number: int, **kwargs: Any) -> list[list[int]]:
+        rows = iter((1, number - 1))  # of the two loops: the caption, and its alternatives
+
+        def make_network(prefix: Tensor) -> Script:
+            script = script_logits(model, places, rows=next(rows))
+            model.make_network = make_network
+            return script
+
+        model.make_network = make_network
+        return model.generate(images(1), num_inference_steps=1, num_return_sequences=number, **kwargs).tolist()
+
+    end = [EOS, PAD]
+    assert run(4) == [[5, 7, *end], [6, 7, *end], [5, 8, *end], [9, 7, *end]]
+    # Place 0 is given, so alternatives are of place 1 on
+    assert run(2, input_ids=torch.tensor([[9]])) == [[9, 7, *end], [9, 8, *end]]
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_more_captions_than_there_are_is_an_error(make_captioner: MakeCaptioner, corruption: str) -> None:
+    """One place: 18 tokens besides padding and the caption's own."""
+    model = make_captioner(corruption=corruption, max_position_embeddings=1)
+    with torch.no_grad():
+        model.lm_head.bias[PAD] = -1e4
+    sequences = model.generate(images(2), num_return_sequences=19)
+    assert [len(set(captions)) for captions in sequences.view(2, 19).tolist()] == [19, 19]
+    with pytest.raises(ValueError, match="`num_return_sequences` is 20, but some image has fewer captions than that"):
+        model.generate(images(2), num_return_sequences=20)
+    model = make_captioner(corruption=corruption)
+    full = torch.full((2, 8), 5)
+    assert torch.equal(model.generate(images(2), input_ids=full), full)
+    with pytest.raises(ValueError, match="`num_return_sequences` is 2, but some image has fewer captions than that"):
+        model.generate(images(2), input_ids=full, num_return_sequences=2)
+
+
+def test_drawn_captions_stand_together(make_captioner: MakeCaptioner) -> None:
     model = make_captioner()
-    scores = model.generate(images(2), num_return_sequences=3, return_dict_in_generate=True).scores
-    assert len({tuple(row.tolist()) for row in scores}) == 6
-    script = script_tokens(model, [[[10 + row] * 8] for row in range(6)])
-    sequences = model.generate(images(2), num_return_sequences=3, num_inference_steps=1)
+    script = script_tokens(model, [[[10 + row] * 8] for row in range(6)], strength=100.0)
+    sequences = model.generate(images(2), num_return_sequences=3, num_inference_steps=1, do_sample=True)
     assert sequences[:, 0].tolist() == [10, 11, 12, 13, 14, 15]
-    # The noise is that of the sequence's number, the same for both images
-    assert torch.equal(script.states[0][:3], script.states[0][3:])
-    assert not torch.equal(script.states[0][0], script.states[0][1])
+    assert len({tuple(noise.flatten().tolist()) for noise in script.states[0].noise}) == 6
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@torch.no_grad()
+def test_nothing_made_of_the_weights_outlives_a_call(make_captioner: MakeCaptioner, corruption: str) -> None:
+    """`param.data.copy_` does not raise the tensor's version, by which a cache could tell that it is stale."""
+    # More tokens than the width, or the noise's factor would be the weight itself
+    model, other = (
+        make_captioner(corruption=corruption, vocab_size=50),
+        make_captioner(corruption=corruption, vocab_size=50),
+    )
+    call = {"guidance_scale": 1.5, "return_dict_in_generate": True}
+    before = model.generate(images(3), **call)
+    model.model.denoiser.token_embedding.weight.data.copy_(other.model.denoiser.token_embedding.weight)
+    fresh = TDDForCaptioning(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    after, expected = model.generate(images(3), **call), fresh.generate(images(3), **call)
+    assert torch.equal(after.sequences, expected.sequences) and torch.equal(after.log_probs, expected.log_probs)
+    assert not torch.equal(after.log_probs, before.log_probs)
 
 
 # ---- Early stopping
@@ -224,7 +405,9 @@ def test_the_loop_ends_with_its_last_row(make_captioner: MakeCaptioner) -> None:
 def test_early_stopping_changes_no_other_row(make_captioner: MakeCaptioner, corruption: str) -> None:
     """With a real denoiser: a row that stays has the trajectory that it has where no row leaves."""
     model, pixel_values = make_captioner(corruption=corruption), images(6)
-    call = {"num_inference_steps": 12, "guidance_scale": 2.0, "return_dict_in_generate": True, "sampler": "renoise"}
+    call = {"num_inference_steps": 12, "guidance_scale": 2.0, "return_dict_in_generate": True}
+    if corruption == "gaussian":
+        call["sampler"] = "renoise"
     stopping = model.generate(pixel_values, stability_threshold=1, output_trajectory=True, **call)
     full = model.generate(pixel_values, output_trajectory=True, **call)
     assert len(set(stopping.num_steps.tolist())) > 1  # some leave before others
@@ -243,21 +426,21 @@ def test_trajectory(make_captioner: MakeCaptioner) -> None:
     )
     trajectory = outputs.trajectory
     assert trajectory.timesteps.tolist() == [20, 15, 10, 5]
-    assert trajectory.tokens.shape == trajectory.scores.shape == (3, 4, 6)
-    assert trajectory.candidates.shape == trajectory.candidate_scores.shape == (3, 4, 6, 5)
+    assert trajectory.tokens.shape == trajectory.log_probs.shape == (3, 4, 6)
+    assert trajectory.candidates.shape == trajectory.candidate_log_probs.shape == (3, 4, 6, 5)
     assert torch.equal(trajectory.candidates[..., 0], trajectory.tokens)  # the argmax comes first
-    assert torch.equal(trajectory.candidate_scores[..., 0], trajectory.scores)
-    assert (trajectory.candidate_scores.diff(dim=-1) <= 0).all() and (trajectory.candidate_scores <= 0).all()
-    is_kept = outputs.scores != 0
+    assert torch.equal(trajectory.candidate_log_probs[..., 0], trajectory.log_probs)
+    assert (trajectory.candidate_log_probs.diff(dim=-1) <= 0).all() and (trajectory.candidate_log_probs <= 0).all()
+    is_kept = outputs.log_probs != 0
     assert torch.equal(trajectory.tokens[:, -1][is_kept], outputs.sequences[is_kept])
-    assert torch.equal(trajectory.scores[:, -1][is_kept], outputs.scores[is_kept])
+    assert torch.equal(trajectory.log_probs[:, -1][is_kept], outputs.log_probs[is_kept])
 
 
 def test_a_small_vocabulary_has_fewer_candidates(make_captioner: MakeCaptioner) -> None:
     model = make_captioner(vocab_size=3)
     trajectory = model.generate(images(1), return_dict_in_generate=True, output_trajectory=True).trajectory
     assert trajectory.candidates.shape[-1] == 3
-    torch.testing.assert_close(trajectory.candidate_scores.exp().sum(-1), torch.ones(1, 10, 8))
+    torch.testing.assert_close(trajectory.candidate_log_probs.exp().sum(-1), torch.ones(1, 10, 8))
 
 
 class Recorder(BaseStreamer):
@@ -301,7 +484,7 @@ def test_bad_words(make_captioner: MakeCaptioner) -> None:
     places = [{5: 3.0, 6: 2.0}, {7: 3.0, 8: 2.0}, {9: 3.0, 10: 2.0}]
 
     def run(**kwargs: Any) -> list[int]:
-        script_scores(model, places)
+        script_logits(model, places)
         return model.generate(images(1), num_inference_steps=1, **kwargs)[0].tolist()
 
     assert run() == [5, 7, 9]
@@ -316,7 +499,7 @@ def test_bad_words(make_captioner: MakeCaptioner) -> None:
 def test_bad_words_when_sampling(make_captioner: MakeCaptioner) -> None:
     """What stands before a place is the token that was drawn."""
     model = make_captioner(max_position_embeddings=2)
-    script_scores(model, [{5: 0.0, 6: 0.0}, {7: 0.0, 8: 0.0}], rows=200)
+    script_logits(model, [{5: 0.0, 6: 0.0}, {7: 0.0, 8: 0.0}], rows=200)
     sequences = model.generate(
         images(1), num_return_sequences=200, num_inference_steps=1, do_sample=True, bad_words_ids=[[5, 7], [6, 8]]
     )
@@ -336,12 +519,24 @@ def test_bad_words_of_a_settled_place(make_captioner: MakeCaptioner) -> None:
     assert model.generate(images(1), num_inference_steps=2)[0].tolist() == [5, 7]
 
 
+def test_bad_words_behind_an_end_that_is_revised(make_captioner: MakeCaptioner) -> None:
+    """MDD: place 2 stands behind a predicted end when it is unmasked for good. Then place 0 is no end after all."""
+    model = make_captioner(corruption="mask", noise_schedule="linear", max_position_embeddings=3)
+    first, later = torch.full((3, 20), -20.0), torch.full((3, 20), -20.0)
+    first[0, EOS], first[1, PAD], first[1, 9], first[2, 5], first[2, 8] = 2.0, 2.0, 2.0, 9.0, 3.0
+    later[0, 7], later[1, 9], later[2, 5] = 9.0, 9.0, 9.0
+    Script(model, torch.stack([first, later])[None])
+    assert model.generate(images(1), num_inference_steps=2)[0].tolist() == [7, 9, 5]
+    Script(model, torch.stack([first, later])[None])
+    assert model.generate(images(1), num_inference_steps=2, bad_words_ids=[[5]])[0].tolist() == [7, 9, 8]
+
+
 def test_repetition_penalty_by_hand(make_captioner: MakeCaptioner) -> None:
     model = make_captioner(max_position_embeddings=4)
     places = [{5: 2.0}, {5: 2.0, 6: 1.5}, {EOS: 3.0}, {PAD: 3.0, 9: 2.9}]
 
     def run(**kwargs: Any) -> list[int]:
-        script_scores(model, places)
+        script_logits(model, places)
         outputs = model.generate(
             images(1), num_inference_steps=1, return_dict_in_generate=True, output_trajectory=True, **kwargs
         )
@@ -355,7 +550,7 @@ def test_repetition_penalty_by_hand(make_captioner: MakeCaptioner) -> None:
 
 def test_padding_is_no_repetition(make_captioner: MakeCaptioner) -> None:
     model = make_captioner(max_position_embeddings=4)
-    script_scores(model, [{EOS: 3.0}, {PAD: 3.0, 9: 2.9}, {PAD: 3.0, 9: 2.9}, {PAD: 3.0, 9: 2.9}])
+    script_logits(model, [{EOS: 3.0}, {PAD: 3.0, 9: 2.9}, {PAD: 3.0, 9: 2.9}, {PAD: 3.0, 9: 2.9}])
     outputs = model.generate(
         images(1), num_inference_steps=1, repetition_penalty=2.0, return_dict_in_generate=True, output_trajectory=True
     )
@@ -389,7 +584,7 @@ PROBABILITIES = {5: 0.4, 6: 0.3, 7: 0.2, 8: 0.1}
 )
 def test_sampled_frequencies(make_captioner: MakeCaptioner, call: dict[str, Any], expected: dict[int, float]) -> None:
     model, draws = make_captioner(max_position_embeddings=4), 2000
-    script_scores(model, [{token: math.log(p) for token, p in PROBABILITIES.items()}] * 4, rows=draws)
+    script_logits(model, [{token: math.log(p) for token, p in PROBABILITIES.items()}] * 4, rows=draws)
     sequences = model.generate(
         images(1), num_return_sequences=draws, num_inference_steps=1, do_sample=True, eos_token_id=19, **call
     )
@@ -402,8 +597,8 @@ def test_sampled_frequencies(make_captioner: MakeCaptioner, call: dict[str, Any]
 
 def test_argmax_without_sampling(make_captioner: MakeCaptioner) -> None:
     model = make_captioner(max_position_embeddings=4)
-    script_scores(model, [{token: math.log(p) for token, p in PROBABILITIES.items()}] * 4, rows=50)
-    assert (model.generate(images(1), num_return_sequences=50, num_inference_steps=1) == 5).all()
+    script_logits(model, [{token: math.log(p) for token, p in PROBABILITIES.items()}] * 4, rows=50)
+    assert (model.generate(images(50), num_inference_steps=1) == 5).all()
 
 
 # ---- Prompts and infilling
@@ -428,36 +623,61 @@ def test_infilling_keeps_fixed_tokens_at_every_step(make_captioner: MakeCaptione
 
 
 def test_fixed_tokens_reach_the_denoiser(make_captioner: MakeCaptioner) -> None:
-    """Re-noised like any predicted token, or bare of noise from the start, or, with MDD, visible from the start."""
+    """Re-noised like any predicted token, or with little noise from the start, or, with MDD, visible from the
+    start."""
     model, prompt = make_captioner(max_position_embeddings=4), torch.tensor([[5, 6]])
     call = {"num_inference_steps": 3, "sampler": "renoise"}
     fixed = script_tokens(model, [[[11, 12, 13, 14]] * 3])
     model.generate(images(1), input_ids=prompt, **call)
     predicted = script_tokens(model, [[[5, 6, 13, 14]] * 3])
     model.generate(images(1), **call)
-    other = script_tokens(model, [[[11, 12, 13, 14]] * 3])
-    model.generate(images(1), **call)
-    for step in range(3):
-        assert torch.equal(fixed.states[step], predicted.states[step])
-        assert torch.equal(fixed.states[step], other.states[step]) == (step == 0)  # pure noise
+    for step, (state, expected) in enumerate(zip(fixed.states, predicted.states, strict=True)):
+        assert torch.equal(state.timesteps, expected.timesteps) and torch.equal(state.noise, expected.noise)
+        assert state.is_final.tolist() == [[True, True, False, False]]
+        if step == 0:
+            assert (state.timesteps == 20).all()  # pure noise
+        else:
+            assert state.tokens.tolist() == expected.tokens.tolist() == [[5, 6, 13, 14]]
 
     script = script_tokens(model, [[[11, 12, 13, 14]] * 3])
     model.generate(images(1), input_ids=prompt, num_inference_steps=3, sampler="confidence")
-    weight = model.model.denoiser.token_embedding.weight
-    distance = torch.cdist(script.states[0][0], weight)
-    assert distance.argmin(-1)[:2].tolist() == [5, 6]
-    assert (distance.amin(-1)[:2] < 0.5 * distance.amin(-1)[2:].min()).all()  # the free places are noise
+    assert script.states[0].tokens[:, :2].tolist() == [[5, 6]]
+    assert script.states[0].timesteps.tolist() == [[1, 1, 20, 20]]  # the free places are noise
 
     model = make_captioner(corruption="mask", max_position_embeddings=4)
     script = script_tokens(model, [[[11, 12, 13, 14]] * 3])
     model.generate(images(1), input_ids=prompt, num_inference_steps=3)
-    assert script.states[0].tolist() == [[5, 6, 20, 20]]  # K = 20 is the mask
+    assert script.states[0].tokens.tolist() == [[5, 6, 20, 20]]  # K = 20 is the mask
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler"),
+    [({}, "confidence"), ({"timestep_sampling": "shared"}, "renoise")],
+    ids=["per_token", "shared"],
+)
+def test_the_sampler_is_the_one_that_the_training_is_for(
+    make_captioner: MakeCaptioner, fields: dict[str, Any], sampler: str
+) -> None:
+    model = make_captioner(**fields)
+    timesteps = {}
+    for name in (None, "renoise", "confidence"):
+        script = script_tokens(model, [[[5, 6, 7, 8, 9, 10, 11, 12]] * 4])
+        model.generate(images(1), num_inference_steps=4, sampler=name)
+        timesteps[name] = [state.timesteps.tolist() for state in script.states]
+    assert timesteps["renoise"] == [[[t] * 8] for t in (20, 15, 10, 5)]
+    assert timesteps[None] == timesteps[sampler] and timesteps["renoise"] != timesteps["confidence"]
+
+
+def test_masks_have_no_sampler_to_choose(make_captioner: MakeCaptioner) -> None:
+    for sampler in ("renoise", "confidence"):
+        with pytest.raises(ValueError, match=f"`sampler='{sampler}'` needs Gaussian noise, and this model has masks"):
+            make_captioner(corruption="mask").generate(images(1), sampler=sampler)
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_a_caption_does_not_end_before_a_fixed_token(make_captioner: MakeCaptioner, corruption: str) -> None:
     model = make_captioner(corruption=corruption, max_position_embeddings=5)
-    script_scores(model, [{EOS: 5.0, PAD: 4.0, 8: 3.0}] * 5, rows=2, steps=3)
+    script_logits(model, [{EOS: 5.0, PAD: 4.0, 8: 3.0}] * 5, rows=2, steps=3)
     sequences = model.generate(
         images(2),
         decoder_input_ids=torch.tensor([[5, 1, 7, 1], [1, 1, 1, EOS]]),
@@ -494,18 +714,18 @@ def test_mdd_unmasks_in_the_order_of_confidence(make_captioner: MakeCaptioner) -
     model = make_captioner(corruption="mask", noise_schedule="linear", max_position_embeddings=4)
     places = [{5: 1.0}, {6: 4.0}, {7: 3.0}, {8: 2.0}]
     mask = 20
-    script = script_scores(model, places, steps=4, rest=0.0)
+    script = script_logits(model, places, steps=4, rest=0.0)
     model.generate(images(1), num_inference_steps=4)
-    assert [state[0].tolist() for state in script.states] == [
+    assert [state.tokens[0].tolist() for state in script.states] == [
         [mask, mask, mask, mask],
         [mask, 6, mask, mask],
         [mask, 6, 7, mask],
         [mask, 6, 7, 8],
     ]
     # Fixed places do not count: of two free ones, one is shown after the first of two steps
-    script = script_scores(model, places, steps=2, rest=0.0)
+    script = script_logits(model, places, steps=2, rest=0.0)
     model.generate(images(1), input_ids=torch.tensor([[9, 10]]), num_inference_steps=2)
-    assert [state[0].tolist() for state in script.states] == [[9, 10, mask, mask], [9, 10, 7, mask]]
+    assert [state.tokens[0].tolist() for state in script.states] == [[9, 10, mask, mask], [9, 10, 7, mask]]
 
 
 # ---- Lengths
@@ -536,9 +756,9 @@ def test_places_beyond_the_length_are_padding(make_captioner: MakeCaptioner, cor
         num_inference_steps=2,
     )
     assert sequences.tolist() == [[5, 6, 13], [7, 12, PAD]]
-    assert script.states[0].shape[1] == 5
+    assert script.states[0].tokens.shape[1] == 5
     if corruption == "mask":
-        assert script.states[0][:, 2:].tolist() == [[20, PAD, PAD], [PAD, PAD, PAD]]
+        assert script.states[0].tokens[:, 2:].tolist() == [[20, PAD, PAD], [PAD, PAD, PAD]]
 
 
 # ---- Configuration

@@ -12,7 +12,17 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-FLAT_MODULES = ("configuration", "diffusion", "encoder", "generation", "modeling", "pipeline", "processing")
+FLAT_MODULES = (
+    "configuration",
+    "diffusion",
+    "encoder",
+    "generation",
+    "loss",
+    "modeling",
+    "pipeline",
+    "processing",
+    "sampling",
+)
 
 
 def test_import_adds_its_own_modules_and_next_to_nothing_else(tmp_path: Path) -> None:

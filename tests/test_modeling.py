@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from modeling_tdd import TDDConfig, TDDForImageClassification, TDDModel
-from modeling_tdd.diffusion_tdd import alpha_bar_schedule, noise_factor
+from modeling_tdd.diffusion_tdd import _make_schedule, gaussian_schedule, noise_factor
 
 
 MakeConfig = Callable[..., TDDConfig]
@@ -61,6 +61,10 @@ def num_parameters(*modules: nn.Module) -> int:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def alpha_bar_of(model: nn.Module) -> Tensor:
+    return model.model.denoiser.schedule_on(torch.device("cpu")).alpha_bar
 
 
 def count_calls(module: nn.Module) -> list[int]:
@@ -121,14 +125,13 @@ def test_feature_reuse_equals_repeating_the_image(
 
 
 def test_loss_by_hand(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
-    """One timestep an image, so that `logits` are the very scores that the loss compares."""
-    model = make_model(condition_dropout=0.0, timesteps_per_image=1).train()
+    """One timestep an image, so that `logits` are the very ones that the loss compares."""
+    model = make_model(condition_dropout=0.0, timesteps_per_image=1, label_smoothing=0.0).train()
     timesteps = torch.tensor([[1], [6], [11], [20]])
     outputs = model(pixel_values, labels, timesteps=timesteps)
     log_probabilities = outputs.logits.log_softmax(-1)
-    expected = sum(
-        -model.model.denoiser.alpha_bar[timesteps[row, 0]] * log_probabilities[row, labels[row]] for row in range(4)
-    )
+    alpha_bar = alpha_bar_of(model)
+    expected = sum(-alpha_bar[timesteps[row, 0]] * log_probabilities[row, labels[row]] for row in range(4))
     torch.testing.assert_close(outputs.loss, expected / 4)
     model.config.loss_weighting = "none"
     torch.manual_seed(0)
@@ -156,7 +159,9 @@ def test_one_hot_probabilities_have_the_loss_of_their_labels(
 
 
 def test_mixed_labels_enter_the_loss(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
-    model = make_model(timesteps_per_image=1, condition_dropout=0.0, loss_weighting="none").train()
+    model = make_model(
+        timesteps_per_image=1, condition_dropout=0.0, loss_weighting="none", label_smoothing=0.0
+    ).train()
     mixed = 0.3 * nn.functional.one_hot(labels, 5).float() + 0.7 * nn.functional.one_hot(labels.flip(0), 5).float()
     outputs = model(pixel_values, mixed)
     expected = -(mixed * outputs.logits.log_softmax(-1)).sum(-1).mean()
@@ -209,11 +214,13 @@ def test_every_encoder_trains_a_step_and_classifies(make_model: MakeModel, name:
     assert not torch.allclose(logits[0], logits[1])  # the image is seen
 
 
-@pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"prediction_type": "epsilon"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"corruption": "mask"}, {"prediction_type": "epsilon", "loss_weighting": "none"}], ids=str
+)
 def test_a_small_set_is_learnt_by_heart(
     make_model: MakeModel, pixel_values: Tensor, labels: Tensor, fields: dict[str, Any]
 ) -> None:
-    model = make_model(**fields, loss_weighting="none", initializer_range=0.05).train()
+    model = make_model(**fields, initializer_range=0.05).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -230,7 +237,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 ) -> None:
     plain = make_model(condition_dropout=0.0).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable()
     fixed = draw_fixed(plain)
     calls = [count_calls(model.model.denoiser.layers[0].mlp.fc1) for model in (plain, checkpointed)]
     for model in (plain, checkpointed):
@@ -244,7 +251,7 @@ def test_bfloat16_trains_and_classifies(make_model: MakeModel, pixel_values: Ten
     reference = make_model(initializer_range=0.05)
     model = copy.deepcopy(reference).bfloat16().train()
     # Half precision would lose what little noise there is at small t
-    assert torch.equal(model.model.denoiser.alpha_bar, reference.model.denoiser.alpha_bar)
+    assert torch.equal(alpha_bar_of(model), alpha_bar_of(reference)) and alpha_bar_of(model).dtype == torch.float32
     loss = model(pixel_values.bfloat16(), labels).loss
     loss.backward()
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(model).values())
@@ -254,15 +261,89 @@ def test_bfloat16_trains_and_classifies(make_model: MakeModel, pixel_values: Ten
     torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
 
 
-def test_model_made_on_another_default_device(make_config: MakeConfig, pixel_values: Tensor) -> None:
-    """`from_pretrained` makes models on the meta device: no schedule may be computed there, or kept from there."""
-    alpha_bar_schedule.cache_clear()
-    with torch.device("meta"):
-        assert TDDForImageClassification(make_config()).model.denoiser.alpha_bar.device.type == "meta"
-    model = TDDForImageClassification(make_config()).eval()
-    alpha_bar_schedule.cache_clear()
-    assert torch.equal(model.model.denoiser.alpha_bar, alpha_bar_schedule("projected", 20, 5))
-    assert model(pixel_values).logits.isfinite().all()
+@pytest.mark.parametrize("context", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference mode"])
+def test_model_made_within_another_context(
+    make_config: MakeConfig, pixel_values: Tensor, labels: Tensor, context: Any
+) -> None:
+    """`from_pretrained` makes models on the meta device. The schedule is made once for all models: it may hold
+    neither what the first one's device nor what its inference mode would make of it."""
+    _make_schedule.cache_clear()
+    with context:
+        TDDForImageClassification(make_config())
+    model = TDDForImageClassification(make_config())
+    assert torch.equal(alpha_bar_of(model), gaussian_schedule("cosine", 20, 5, 32)[0].float())
+    assert model.eval()(pixel_values).logits.isfinite().all()
+    model.train()(pixel_values, labels).loss.backward()
+
+
+# ---- What the denoiser reads
+
+
+def run_denoiser(model: TDDModel, *args: Tensor, **kwargs: Any) -> Tensor:
+    return model.denoiser(*args, **kwargs).last_hidden_state
+
+
+@pytest.mark.parametrize("one_hot_scale", [1.0, 0.5])
+@pytest.mark.parametrize("input_weighting", ["none", "visibility"])
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+@pytest.mark.parametrize("task", ["classifier", "captioner"])
+@torch.no_grad()
+def test_the_denoiser_reads_the_projected_noisy_one_hot_vectors(
+    make_config: MakeConfig, task: str, prediction_type: str, input_weighting: str, one_hot_scale: float
+) -> None:
+    """The hidden states in front of the first layer against y_t W, normalised, from K-wide one-hot vectors and noise:
+    as it is with `input_weighting="none"`, as in the paper, and times the token's visibility with "visibility"."""
+    num_categories, num_tokens = 50, 1 if task == "classifier" else 6
+    fields = {"num_labels": 50} if task == "classifier" else {"vocab_size": 50, "max_position_embeddings": 6}
+    config = make_config(
+        **fields, prediction_type=prediction_type, input_weighting=input_weighting, one_hot_scale=one_hot_scale
+    )
+    denoiser = TDDModel(config).eval().denoiser
+    nn.init.normal_(denoiser.input_norm.weight)
+    tokens = torch.randint(num_categories, (7, num_tokens))
+    timesteps = torch.randint(1, 21, (7, num_tokens))
+    noise = torch.randn(7, num_tokens, num_categories)
+    schedule, weight = denoiser.schedule_on(torch.device("cpu")), denoiser.token_embedding.weight
+    noisy = one_hot_scale * schedule.alpha_bar[timesteps].sqrt()[..., None] * nn.functional.one_hot(tokens, 50)
+    noisy = noisy + (1 - schedule.alpha_bar[timesteps]).sqrt()[..., None] * noise
+    expected = denoiser.input_norm(noisy @ weight)
+    if input_weighting == "visibility":
+        signal = one_hot_scale**2 * schedule.alpha_bar[timesteps]
+        expected = expected * (signal / (signal + 50 * (1 - schedule.alpha_bar[timesteps])))[..., None]
+    expected = expected + denoiser.position_embeddings + denoiser.time_embedding(timesteps, torch.float32)
+    hidden = denoiser(tokens, timesteps, noise, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    # Probabilities are the same where they are one-hot, and mix the rows of W where they are not
+    soft = nn.functional.one_hot(tokens, 50).float()
+    again = denoiser(soft, timesteps, noise, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_narrow_noise_is_projected_by_the_factor(make_config: MakeConfig) -> None:
+    """d random numbers a token, and not K, see `noise_factor`; its distribution is tested in test_diffusion."""
+    denoiser = TDDModel(make_config(num_labels=50)).eval().denoiser
+    tokens, timesteps = torch.randint(50, (7, 1)), torch.randint(1, 21, (7, 1))
+    noise = torch.randn(7, 1, 32)
+    factor = noise_factor(denoiser.token_embedding.weight)
+    # K-wide numbers of the same projection
+    wide = noise @ factor @ torch.linalg.pinv(denoiser.token_embedding.weight)
+    narrow = denoiser(tokens, timesteps, noise).last_hidden_state
+    torch.testing.assert_close(narrow, denoiser(tokens, timesteps, wide).last_hidden_state, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_masks_are_read_as_their_embedding(make_config: MakeConfig) -> None:
+    config = make_config(vocab_size=20, max_position_embeddings=3, corruption="mask")
+    denoiser = TDDModel(config).eval().denoiser
+    tokens, timesteps = torch.tensor([[4, 20, 0]]), torch.tensor([[7, 7, 7]])
+    rows = torch.stack(
+        [denoiser.token_embedding.weight[4], denoiser.mask_embedding, denoiser.token_embedding.weight[0]]
+    )
+    expected = denoiser.input_norm(rows) + denoiser.position_embeddings
+    expected = expected + denoiser.time_embedding(timesteps, torch.float32)
+    hidden = denoiser(tokens, timesteps, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(hidden, expected)
 
 
 # ---- Guidance and the prefix
@@ -275,70 +356,90 @@ def test_dropping_every_condition_leaves_the_unconditional_branch(
     fixed = {"timesteps": torch.tensor([[3], [8], [15], [20]]), "noise": torch.randn(4, 1, 1, 5)}
     logits = model(pixel_values, labels, **fixed).logits
     torch.testing.assert_close(logits, model(torch.randn(4, 3, 16, 16), labels, **fixed).logits)
-    denoiser = model.model.denoiser
-    inputs, _ = denoiser.corruption().corrupt(labels[:, None], fixed["timesteps"][:, 0], fixed["noise"][:, 0])
-    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
-    expected = model.classifier(denoiser(inputs, fixed["timesteps"][:, 0], null).last_hidden_state)[:, 0]
-    torch.testing.assert_close(logits, expected)
+    unconditional = run_denoiser(model.model, labels[:, None], fixed["timesteps"], fixed["noise"][:, 0])
+    torch.testing.assert_close(logits, model.classifier(unconditional)[:, 0])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_dropped_prefix_of_many_tokens_equals_the_null_prefix(
     make_config: MakeConfig, pixel_values: Tensor, attention: str
 ) -> None:
-    model = TDDModel(make_config(pooling=None, condition_dropout=1.0, vocab_size=40, max_position_embeddings=6))
+    """Two rows an image. A dropped image must see neither more nor less than the null condition's one token."""
+    model = TDDModel(make_config(pooling=None, vocab_size=40, max_position_embeddings=6))
     model.set_attn_implementation(attention)
-    denoiser = model.eval().denoiser
+    model.eval()
     prefix = model.get_prefix(pixel_values)
     assert prefix.shape == (4, 17, 32)
-    dropped, mask = denoiser.drop_condition(prefix)
-    assert mask.sum(1).tolist() == [1, 1, 1, 1]
-    inputs, timesteps = torch.randn(4, 6, 32), torch.tensor([1, 7, 13, 20])
-    outputs = denoiser(inputs, timesteps, denoiser.encode_prefix(dropped, mask), mask).last_hidden_state
-    null = denoiser.encode_prefix(denoiser.null_prefix.expand(4, -1, -1))
-    torch.testing.assert_close(outputs, denoiser(inputs, timesteps, null).last_hidden_state, atol=1e-5, rtol=1e-5)
-    kept = denoiser(inputs, timesteps, denoiser.encode_prefix(prefix)).last_hidden_state
-    assert not torch.allclose(outputs, kept, atol=0.1)
+    inputs = (torch.randint(40, (8, 6)), torch.randint(1, 21, (8, 6)), torch.randn(8, 6, 32))
+    kept, null = run_denoiser(model, *inputs, prefix), run_denoiser(model, *inputs)
+    assert not torch.allclose(kept, null, atol=0.1)
+    is_dropped = torch.tensor([True, False, False, True])
+    outputs = run_denoiser(model, *inputs, prefix, drop_condition=is_dropped)
+    rows = is_dropped.repeat_interleave(2)
+    torch.testing.assert_close(outputs[rows], null[rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[~rows], kept[~rows], atol=1e-5, rtol=1e-5)
 
 
-def test_condition_dropout_is_the_share_that_is_dropped(make_config: MakeConfig) -> None:
-    denoiser = TDDModel(make_config(condition_dropout=0.25)).denoiser
-    dropped, _ = denoiser.drop_condition(torch.full((10_000, 1, 32), 7.0))
-    assert (dropped[:, 0, 0] != 7).float().mean().item() == pytest.approx(0.25, abs=0.02)
+def test_condition_dropout_is_the_share_that_is_dropped(
+    make_model: MakeModel, pixel_values: Tensor, labels: Tensor
+) -> None:
+    """In training alone, and each image for all its timesteps."""
+    model = make_model(condition_dropout=0.25)
+    dropped = []
+    model.model.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: dropped.append(kwargs["drop_condition"]), with_kwargs=True
+    )
+    for _ in range(10):
+        model.train()(pixel_values.repeat(50, 1, 1, 1), labels.repeat(50))
+    assert {drop.shape for drop in dropped} == {(200,)}
+    assert torch.cat(dropped).float().mean().item() == pytest.approx(0.25, abs=0.05)
 
 
+@torch.no_grad()
 def test_guidance_by_hand(make_model: MakeModel, pixel_values: Tensor) -> None:
-    """One step, from t = T: the conditional and the unconditional scores of the same noise."""
+    """One step, from t = T: the conditional and the unconditional logits of the same noise."""
     model = make_model()
-    denoiser = model.model.denoiser
-    with torch.no_grad():
-        conditional = model(pixel_values, num_inference_steps=1).logits
-        corruption = denoiser.corruption()
-        noise = corruption.draw_noise(1, 1, torch.Generator().manual_seed(0))
-        inputs = corruption.embed(corruption.start(noise))
-        null = denoiser.encode_prefix(denoiser.null_prefix)
-        unconditional = model.classifier(denoiser(inputs, torch.tensor([20]), null).last_hidden_state)[:, 0]
-        guided = model(pixel_values, num_inference_steps=1, guidance_scale=3.0).logits
-        rising = model(pixel_values, num_inference_steps=1, guidance_scale=3.0, guidance_schedule="linear").logits
-    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rising, conditional, atol=1e-5, rtol=1e-5)  # at t = T the rise has not begun
+    conditional = model(pixel_values, num_inference_steps=1).logits
+    noise = torch.randn(1, 1, 5, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([[20]])
+    unconditional = model.classifier(run_denoiser(model.model, torch.tensor([[3]]), timesteps, noise))[:, 0]
+    expected = unconditional + 3 * (conditional - unconditional)
+    for schedule in ("constant", "linear", "cosine"):  # the last step has the whole scale, and here it is the only one
+        guided = model(pixel_values, num_inference_steps=1, guidance_scale=3.0, guidance_schedule=schedule).logits
+        torch.testing.assert_close(guided, expected, atol=1e-5, rtol=1e-5)
+    # A rise begins at 1
+    rising = model(pixel_values, guidance_scale=3.0, guidance_schedule="linear", output_trajectory=True).trajectory
+    torch.testing.assert_close(rising[:, 0], conditional.softmax(-1), atol=1e-5, rtol=1e-5)
 
 
-def test_prefix_key_values_stand_in_for_pixel_values(make_config: MakeConfig, pixel_values: Tensor) -> None:
-    model = TDDModel(make_config(pooling=None)).eval()
-    assert model(pixel_values).prefix_key_values is None
+@pytest.mark.parametrize("num_labels", [5, 50])
+def test_cache_stands_in_for_pixel_values(make_config: MakeConfig, pixel_values: Tensor, num_labels: int) -> None:
+    model = TDDModel(make_config(pooling=None, num_labels=num_labels)).eval()
+    assert model(pixel_values).cache is None
     first = model(pixel_values, use_cache=True)
-    assert len(first.prefix_key_values) == 2
-    assert first.prefix_key_values[0][0].shape == (4, 2, 17, 16)
+    assert len(first.cache.key_values) == 2
+    assert first.cache.key_values[0][0].shape == (4, 2, 17, 16)
+    assert (first.cache.noise_factor is None) == (num_labels <= 32)  # where W itself projects the noise
     assert first.encoder_last_hidden_state.shape == (4, 17, 32)
     encoder_calls = count_calls(model.encoder)
-    again = model(prefix_key_values=first.prefix_key_values)
-    assert encoder_calls == [0] and again.encoder_last_hidden_state is None
+    again = model(cache=first.cache)
+    assert encoder_calls == [0] and again.encoder_last_hidden_state is None and again.cache is None
     torch.testing.assert_close(again.last_hidden_state, first.last_hidden_state, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="one of `pixel_values`, `image_features` and `prefix_key_values`"):
-        model(pixel_values, prefix_key_values=first.prefix_key_values)
-    with pytest.raises(ValueError, match="one of `pixel_values`, `image_features` and `prefix_key_values`"):
-        model()
+    # Other tokens, timesteps and noise with the same images
+    other = (torch.ones(4, 1, dtype=torch.long), torch.tensor([[1], [5], [9], [20]]), torch.randn(4, 1, 32))
+    other = (*other[:2], other[2][..., : model.config.noise_width])
+    cached = model(None, *other, cache=first.cache).last_hidden_state
+    torch.testing.assert_close(cached, model(pixel_values, *other).last_hidden_state)
+    for arguments in ({"pixel_values": pixel_values, "cache": first.cache}, {}):
+        with pytest.raises(ValueError, match="one of `pixel_values`, `image_features` and `cache`"):
+            model(**arguments)
+
+
+def test_keys_and_values_of_rows_can_be_selected(make_config: MakeConfig, pixel_values: Tensor) -> None:
+    model = TDDModel(make_config(pooling=None)).eval()
+    first = model(pixel_values, use_cache=True)
+    selected = model(cache=first.cache.select(torch.tensor([False, True, False, True])))
+    torch.testing.assert_close(selected.last_hidden_state, first.last_hidden_state[[1, 3]])
 
 
 def test_pooling(make_config: MakeConfig, pixel_values: Tensor) -> None:
@@ -364,7 +465,7 @@ def test_pooling_of_a_convolutional_map(make_config: MakeConfig) -> None:
 
 
 def test_mask_corruption_is_a_linear_head(make_model: MakeModel, pixel_values: Tensor, labels: Tensor) -> None:
-    model = make_model(corruption="mask", pooling="mean")
+    model = make_model(corruption="mask", pooling="mean", label_smoothing=0.0)
     features = model.model.encoder(pixel_values).last_hidden_state[:, 1:].mean(1)
     expected = nn.functional.linear(features, model.classifier.weight, model.classifier.bias)
     for steps in (1, 10):
@@ -416,8 +517,7 @@ def test_result_depends_on_the_generator_alone(make_model: MakeModel, pixel_valu
 @torch.no_grad()
 def test_noise_samples_average_probabilities(make_model: MakeModel, pixel_values: Tensor) -> None:
     """With one step the draws are those of one generator in succession."""
-    # Regression on the noise: other models do not look at pure noise, the only state of one step
-    model = make_model(prediction_type="epsilon")
+    model = make_model()
     generator = torch.Generator().manual_seed(0)
     single = [model(pixel_values, num_inference_steps=1, generator=generator).logits.softmax(-1) for _ in range(3)]
     averaged = model(pixel_values, num_inference_steps=1, num_noise_samples=3).logits
@@ -532,35 +632,37 @@ def test_hidden_states_and_attentions(make_config: MakeConfig, make_model: MakeM
     assert outputs.hidden_states is None and outputs.attentions is None
 
 
+@pytest.mark.parametrize("change", ["data", "in place", "load_state_dict", "double"])
 @torch.no_grad()
-def test_noise_factor_follows_the_weights(make_model: MakeModel, pixel_values: Tensor) -> None:
-    model = make_model(num_labels=50)  # more labels than the width, or the factor is the weight itself
-    denoiser = model.model.denoiser
-    weight = denoiser.token_embedding.weight
+def test_nothing_made_of_the_weights_outlives_a_call(make_model: MakeModel, pixel_values: Tensor, change: str) -> None:
+    """`param.data.copy_` does not raise the tensor's version, by which a cache could tell that it is stale."""
+    # More labels than the width, or the noise's factor would be the weight itself
+    model, other = make_model(num_labels=50), make_model(num_labels=50)
+    before = model(pixel_values).logits
+    weight, new = model.model.denoiser.token_embedding.weight, other.model.denoiser.token_embedding.weight
+    if change == "data":
+        weight.data.copy_(new)
+    elif change == "in place":
+        weight.copy_(new)
+    elif change == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    else:
+        model.double()
+    fresh = TDDForImageClassification(model.config).to(model.dtype).eval()
+    fresh.load_state_dict(model.state_dict())
+    logits = model(pixel_values.to(model.dtype)).logits
+    assert torch.equal(logits, fresh(pixel_values.to(model.dtype)).logits)
+    if change != "double":
+        assert not torch.allclose(logits, before)
 
-    def assert_factor_is_current() -> None:
-        model(pixel_values)
-        torch.testing.assert_close(denoiser.corruption()._factor, noise_factor(weight), rtol=0, atol=0)
 
-    assert_factor_is_current()
-    factor = denoiser.corruption()._factor
-    assert denoiser.corruption()._factor is factor  # computed once while the weights stay
-    weight.mul_(2)
-    assert_factor_is_current()
-    model.load_state_dict(make_model(num_labels=50).state_dict())
-    assert_factor_is_current()
-    model.double()
-    weight = denoiser.token_embedding.weight
-    assert denoiser.corruption()._factor.dtype == torch.float64
-
-
-def test_noise_factor_has_a_gradient_where_one_is_wanted(make_model: MakeModel, pixel_values: Tensor) -> None:
-    """In eval mode too, and after a call without gradients has computed the factor once."""
+def test_the_noise_has_a_gradient_where_one_is_wanted(make_model: MakeModel, pixel_values: Tensor) -> None:
+    """In eval mode too, and after a call without gradients: at t = T the noise alone reads the embedding."""
     model = make_model(num_labels=50)
     with torch.no_grad():
         model(pixel_values)
-        assert not model.model.denoiser.corruption()._factor.requires_grad
-    assert model.model.denoiser.corruption()._factor.requires_grad
+    model(pixel_values, num_inference_steps=1).logits.sum().backward()
+    assert model.model.denoiser.token_embedding.weight.grad.abs().sum() > 0
 
 
 # ---- Saving and loading

@@ -197,9 +197,8 @@ pipe.model.save_pretrained({str(tmp_path / "again")!r})
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [captions[0], "processing_tdd"] * 2
     modules = {path.name for path in Path(folder).glob("*.py")}
-    assert modules == {
-        f"{name}_tdd.py" for name in ("configuration", "diffusion", "generation", "modeling", "pipeline", "processing")
-    }
+    parts = ("configuration", "diffusion", "encoder", "generation", "loss", "modeling", "pipeline", "processing")
+    assert modules == {f"{name}_tdd.py" for name in (*parts, "sampling")}
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == modules - {"processing_tdd.py"}
 
 

@@ -28,7 +28,8 @@ from modeling_tdd.modeling_tdd import AUTO_MAP
 
 
 PROBE = Path(__file__).parent / "remote_code_probe.py"
-CODE = {f"{name}_tdd.py" for name in ("configuration", "diffusion", "encoder", "generation", "modeling", "pipeline")}
+PARTS = ("configuration", "diffusion", "encoder", "generation", "loss", "modeling", "pipeline", "sampling")
+CODE = {f"{name}_tdd.py" for name in PARTS}
 
 
 @pytest.fixture

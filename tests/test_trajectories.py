@@ -29,8 +29,8 @@ def make_outputs() -> TDDGenerationOutput:
     """Two steps of two captions of three places."""
     tokens = torch.tensor([[[5, 2, 9], [5, 6, 2]], [[7, 7, 7], [8, 2, 0]]])
     candidates = torch.stack([tokens, (tokens + 1) % 20], dim=-1)
-    scores = torch.tensor([0.75, 0.25]).log().expand(candidates.shape)
-    trajectory = TDDTrajectory(torch.tensor([20, 10]), tokens, scores[..., 0], candidates, scores)
+    log_probs = torch.tensor([0.75, 0.25]).log().expand(candidates.shape)
+    trajectory = TDDTrajectory(torch.tensor([20, 10]), tokens, log_probs[..., 0], candidates, log_probs)
     return TDDGenerationOutput(sequences=tokens[:, -1], trajectory=trajectory)
 
 

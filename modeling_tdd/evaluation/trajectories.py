@@ -90,7 +90,7 @@ def plot_token_trajectories(
             axes.set_visible(False)
             continue
         tokens, probabilities = token_trajectory(
-            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_scores[row, :, place].cpu()
+            trajectory.candidates[row, :, place].cpu(), trajectory.candidate_log_probs[row, :, place].cpu()
         )
         image = axes.imshow(
             probabilities.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"

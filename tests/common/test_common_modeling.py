@@ -74,12 +74,12 @@ class TDDModelTester:
     def prepare_training_inputs(self) -> dict[str, Tensor]:
         """Labels, and the timesteps and noise of a training step: the same at each call."""
         generator = torch.Generator().manual_seed(0)
-        num_categories = self.fields.get("vocab_size", self.num_labels)
+        config = self.get_config()
         label_shape = (self.batch_size, self.seq_length) if "vocab_size" in self.fields else (self.batch_size,)
         steps_shape = (self.batch_size, self.timesteps_per_image)
-        noise_shape = (*steps_shape, self.seq_length, min(num_categories, self.hidden_size))
+        noise_shape = (*steps_shape, self.seq_length, config.noise_width)
         return {
-            "labels": torch.randint(num_categories, label_shape, generator=generator),
+            "labels": torch.randint(config.num_categories, label_shape, generator=generator),
             "timesteps": torch.randint(1, self.num_timesteps + 1, steps_shape, generator=generator),
             "noise": torch.randn(noise_shape, generator=generator),
         }
@@ -103,11 +103,11 @@ class CommonTests(ModelTesterMixin):
             inputs.update(self.model_tester.prepare_training_inputs())
         return inputs
 
-    @unittest.skip("What the denoiser embeds is noisy: its `inputs_embeds` belong to no `input_ids`")
+    @unittest.skip("The denoiser adds the noise to tokens itself: there are no `inputs_embeds`")
     def test_inputs_embeds(self) -> None:
         """See tests/test_modeling.py and tests/test_captioning.py."""
 
-    @unittest.skip("What the denoiser embeds is noisy: its `inputs_embeds` belong to no `input_ids`")
+    @unittest.skip("The denoiser adds the noise to tokens itself: there are no `inputs_embeds`")
     def test_inputs_embeds_matches_input_ids(self) -> None:
         """See tests/test_modeling.py and tests/test_captioning.py."""
 

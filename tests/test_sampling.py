@@ -1,0 +1,458 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Samplers, guidance, choice and the denoising loop, with networks made by hand."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modeling_tdd.diffusion_tdd import mask_schedule
+from modeling_tdd.sampling_tdd import (
+    ConfidenceSampler,
+    DenoisingStep,
+    KnownTokens,
+    NoisyTokens,
+    Prediction,
+    RandomNumbers,
+    RenoiseSampler,
+    TokenChoice,
+    UnmaskingSampler,
+    apply_guidance,
+    denoise,
+    follows_end,
+    guidance_scales,
+    inference_timesteps,
+    most_confident,
+    select_rows,
+    to_one,
+)
+
+
+CPU = torch.device("cpu")
+
+
+def make_numbers(
+    num_images: int = 1, num_samples: int = 1, num_tokens: int = 1, width: int = 3, seeds: Sequence[int] = (0,)
+) -> RandomNumbers:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return RandomNumbers(generators, num_images, num_samples, num_tokens, width, CPU)
+
+
+def known(tokens: list[list[int]], mask: list[list[int]]) -> KnownTokens:
+    return KnownTokens(torch.tensor(tokens), torch.tensor(mask).bool())
+
+
+def nothing_known(rows: int, num_tokens: int) -> KnownTokens:
+    return KnownTokens.none(rows, num_tokens, CPU)
+
+
+# ---- Timesteps
+
+
+@settings(deadline=None)
+@given(data=st.data(), num_timesteps=st.integers(1, 2000))
+def test_inference_timesteps_fall_evenly(data: st.DataObject, num_timesteps: int) -> None:
+    steps = data.draw(st.integers(1, num_timesteps))
+    timesteps = inference_timesteps(num_timesteps, steps)
+    assert len(timesteps) == steps + 1
+    assert timesteps[0] == num_timesteps and timesteps[-1] == 0
+    gaps = [before - after for before, after in zip(timesteps, timesteps[1:])]
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+def test_inference_timesteps_by_hand() -> None:
+    assert inference_timesteps(1000, 4) == [1000, 750, 500, 250, 0]
+    assert inference_timesteps(3, 3) == [3, 2, 1, 0]
+    assert inference_timesteps(7, 1) == [7, 0]
+
+
+# ---- Guidance
+
+
+def test_guidance_by_hand() -> None:
+    conditional, unconditional = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 3.0])
+    assert apply_guidance(conditional, unconditional, 3.0).tolist() == [4.0, -3.0]
+    assert apply_guidance(conditional, unconditional, 1.0).tolist() == conditional.tolist()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [5, 5, 5, 5, 5]), ("linear", [1, 2, 3, 4, 5]), ("cosine", [1, 1.585786438, 3, 4.414213562, 5])],
+)
+def test_guidance_schedule_by_hand(schedule: str, expected: list[float]) -> None:
+    """From 1 to 5; a quarter of the cosine's way is (1 - cos(pi / 4)) / 2."""
+    assert guidance_scales(schedule, 5.0, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [2, 3, 10, 50])
+def test_a_guidance_schedule_rises_from_1_to_the_scale(schedule: str, steps: int) -> None:
+    scales = guidance_scales(schedule, 3.0, steps)
+    assert len(scales) == steps and scales[0] == 1 and scales[-1] == 3
+    assert all(before < after for before, after in zip(scales, scales[1:]))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_loop_of_one_step_has_the_whole_scale(schedule: str) -> None:
+    assert guidance_scales(schedule, 3.0, 1) == [3.0]
+
+
+# ---- Choice
+
+
+def test_to_one_argmax() -> None:
+    assert to_one(torch.tensor([[[0.1, 2.0, 1.0], [3.0, 0.0, -1.0]]])).tolist() == [[1, 0]]
+
+
+def test_to_one_multinomial_follows_the_softmax() -> None:
+    """Pearson's chi-square with 4 degrees of freedom: 23.5 is passed once in 10,000 draws of the test."""
+    draws = 100_000
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
+    tokens = to_one(logits.expand(draws, 5), torch.rand(draws))
+    expected = draws * logits.softmax(-1)
+    observed = torch.bincount(tokens, minlength=5)
+    assert ((observed - expected).square() / expected).sum() < 23.5
+
+
+def test_to_one_multinomial_at_the_edges() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(4, 1)
+    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+    tokens = to_one(logits, torch.tensor([0.0, 0.49, 0.51, below_one]))
+    assert tokens.tolist() == [1, 1, 2, 2]  # never a category without probability
+
+
+def test_a_final_token_is_chosen_whatever_the_logits_say() -> None:
+    state = NoisyTokens(torch.tensor([[7, 8]]), torch.ones(1, 2), None, torch.tensor([[True, False]]))
+    logits = torch.zeros(1, 2, 9)
+    logits[..., 3] = 1.0
+    choose = TokenChoice(state, None)
+    assert choose(logits).tolist() == [[7, 3]]
+    assert choose(logits[:, 0], 0).tolist() == [7] and choose(logits[:, 1], 1).tolist() == [3]
+    # Each place draws by its own number
+    choose = TokenChoice(state, torch.tensor([[0.0, 0.999]]))
+    assert choose(logits).tolist() == [[7, 8]] and choose(logits[:, 1], 1).tolist() == [8]
+
+
+# ---- Random numbers
+
+
+def test_one_generator_gives_all_images_the_same_numbers_and_each_sample_its_own() -> None:
+    numbers = make_numbers(num_images=3, num_samples=2, num_tokens=4)
+    for drawn in (numbers.normal(), numbers.uniform()):
+        assert torch.equal(drawn[0:2], drawn[2:4]) and torch.equal(drawn[0:2], drawn[4:6])
+        assert not torch.equal(drawn[0], drawn[1])
+    assert numbers.normal().shape == (6, 4, 3) and numbers.uniform().shape == (6, 4)
+    assert not torch.equal(numbers.normal(), numbers.normal())
+
+
+def test_a_generator_for_each_image_gives_each_its_own_numbers_whatever_the_batch() -> None:
+    together = make_numbers(num_images=3, num_samples=2, num_tokens=4, seeds=(5, 6, 7))
+    alone = make_numbers(num_images=1, num_samples=2, num_tokens=4, seeds=(6,))
+    for name in ("normal", "uniform", "normal"):
+        drawn = getattr(together, name)()
+        assert torch.equal(drawn[2:4], getattr(alone, name)())
+        assert len({tuple(row.flatten().tolist()) for row in drawn}) == 6
+
+
+@pytest.mark.parametrize("seeds", [(0,), (3, 4, 5)])
+def test_rows_that_stay_draw_what_they_would_have_drawn(seeds: Sequence[int]) -> None:
+    all_rows, some_rows = (make_numbers(num_images=3, num_samples=2, seeds=seeds) for _ in range(2))
+    keep = torch.tensor([True, False, False, True, True, False])
+    some_rows.select(keep)
+    assert torch.equal(some_rows.normal(), all_rows.normal()[keep])
+    some_rows.select(torch.tensor([False, True, True]))
+    assert torch.equal(some_rows.uniform(), all_rows.uniform()[[3, 4]])
+
+
+def test_rows_of_nested_tensors_are_selected() -> None:
+    keep = torch.tensor([False, True])
+    selected = select_rows((torch.tensor([1, 2]), None, ((torch.tensor([[3], [4]]),),)), keep)
+    assert selected[0].tolist() == [2] and selected[1] is None and selected[2][0][0].tolist() == [[4]]
+
+
+# ---- Renoising
+
+
+def test_renoising_starts_from_pure_noise_and_forgets_the_old_state() -> None:
+    sampler = RenoiseSampler(20, make_numbers(num_images=2, num_tokens=2), nothing_known(2, 2))
+    start = sampler.start()
+    assert start.timesteps.tolist() == [[20, 20]] * 2 and not start.is_final.any()
+    prediction = Prediction(torch.tensor([[2, 1], [0, 2]]), torch.zeros(2, 2))
+    state = sampler.step(start, prediction, 15)
+    assert torch.equal(state.tokens, prediction.tokens) and state.timesteps.tolist() == [[15, 15]] * 2
+    numbers = make_numbers(num_images=2, num_tokens=2)
+    assert torch.equal(start.noise, numbers.normal()) and torch.equal(state.noise, numbers.normal())
+
+
+def test_known_tokens_are_renoised_and_final() -> None:
+    given_tokens = known([[1, 0], [0, 2]], [[1, 0], [0, 1]])
+    sampler = RenoiseSampler(20, make_numbers(num_images=2, num_tokens=2), given_tokens)
+    start = sampler.start()
+    assert start.timesteps.tolist() == [[20, 20]] * 2  # pure noise: they appear as t falls
+    assert torch.equal(start.is_final, given_tokens.mask)
+    sampler.select(torch.tensor([False, True]))
+    sampler.numbers.select(torch.tensor([False, True]))
+    state = sampler.step(start, Prediction(torch.tensor([[1, 2]]), torch.zeros(1, 2)), 5)
+    assert state.is_final.tolist() == [[False, True]] and len(state.noise) == 1
+
+
+# ---- Confidence
+
+
+def test_the_surest_tokens_are_settled_and_may_be_revised() -> None:
+    """T = 100: settled tokens are at 0.02 T, all others at T."""
+    sampler = ConfidenceSampler(100, make_numbers(num_tokens=4), nothing_known(1, 4))
+    state = sampler.start()
+    assert state.timesteps.tolist() == [[100] * 4]
+    prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-0.1, -3.0, -0.5, -0.2]]))
+    state = sampler.step(state, prediction, 50)
+    assert state.timesteps.tolist() == [[2, 100, 100, 2]] and not state.is_final.any()
+    # Others are settled where the network has become surer of them
+    prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-4.0, -0.1, -0.2, -3.0]]))
+    state = sampler.step(state, prediction, 50)
+    assert state.timesteps.tolist() == [[100, 2, 2, 100]]
+    state = sampler.step(state, prediction, 25)
+    assert state.timesteps.tolist() == [[100, 2, 2, 2]]
+
+
+def test_known_tokens_have_little_noise_from_the_start() -> None:
+    sampler = ConfidenceSampler(100, make_numbers(num_tokens=3), known([[2, 0, 0]], [[1, 0, 0]]))
+    state = sampler.start()
+    assert state.tokens[0, 0] == 2 and state.timesteps.tolist() == [[2, 100, 100]]
+    assert state.is_final.tolist() == [[True, False, False]]
+    state = sampler.step(state, Prediction(torch.tensor([[2, 1, 0]]), torch.tensor([[-9.0, -1.0, -2.0]])), 50)
+    assert state.timesteps.tolist() == [[2, 2, 100]]  # one of two free places
+
+
+def test_a_settled_token_has_noise_of_at_least_the_first_timestep() -> None:
+    sampler = ConfidenceSampler(10, make_numbers(), known([[1]], [[1]]))
+    assert sampler.start().timesteps.tolist() == [[1]]
+
+
+# ---- Masks
+
+
+MASK = 5
+
+
+def test_masks_give_way_in_the_order_of_confidence() -> None:
+    """Four places of which 2, then 3, then 4 are to be visible."""
+    sampler = UnmaskingSampler([1.0, 0.75, 0.5, 0.0], MASK, nothing_known(1, 4))
+    state = sampler.start()
+    assert state.tokens.tolist() == [[MASK] * 4] and state.noise is None
+    assert state.timesteps.tolist() == [[3] * 4] and not state.is_final.any()
+    log_probs = torch.tensor([[-0.1, -3.0, -0.5, -0.2]])
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 2)
+    assert state.tokens.tolist() == [[1, MASK, MASK, 4]] and state.timesteps.tolist() == [[2] * 4]
+    assert state.is_final.tolist() == [[True, False, False, True]]
+    # What is visible stays, however sure the network now is of other places
+    log_probs = torch.tensor([[-9.0, -1.0, -2.0, -9.0]])
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 1)
+    assert state.tokens.tolist() == [[1, 2, MASK, 4]]
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 0)
+    assert state.tokens.tolist() == [[1, 2, 3, 4]] and state.is_final.all()
+
+
+def test_known_tokens_are_no_masks() -> None:
+    sampler = UnmaskingSampler([1.0, 0.5, 0.0], MASK, known([[3, 0, 0]], [[1, 0, 0]]))
+    state = sampler.start()
+    assert state.tokens.tolist() == [[3, MASK, MASK]] and state.is_final.tolist() == [[True, False, False]]
+    state = sampler.step(state, Prediction(torch.tensor([[3, 1, 2]]), torch.tensor([[-9.0, -2.0, -1.0]])), 1)
+    assert state.tokens.tolist() == [[3, MASK, 2]]  # one of two free places
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), num_timesteps=st.integers(1, 30), length=st.integers(1, 12))
+def test_mask_loop_unmasks_everything(data: st.DataObject, num_timesteps: int, length: int) -> None:
+    visible_share = mask_schedule("cosine", num_timesteps).tolist()
+    sampler = UnmaskingSampler(visible_share, MASK, nothing_known(2, length))
+    steps = data.draw(st.integers(1, num_timesteps))
+    state, masks_left = sampler.start(), [length]
+    for timestep in inference_timesteps(num_timesteps, steps)[1:]:
+        tokens = torch.where(state.is_final, state.tokens, torch.randint(5, (2, length)))
+        state = sampler.step(state, Prediction(tokens, torch.randn(2, length)), timestep)
+        masks_left.append((state.tokens == MASK).sum(1).max().item())
+    assert masks_left == sorted(masks_left, reverse=True)
+    assert masks_left[-1] == 0
+
+
+# ---- Which places are settled first
+
+
+def test_words_and_padding_are_settled_in_the_same_share() -> None:
+    """Padding, of places 3 to 6, is the surest; still two of four words' and padding's places are settled by half."""
+    log_probs = torch.tensor([[-3.0, -1.0, -2.0, -0.4, -0.1, -0.2, -0.3]])
+    nothing, beyond_end = torch.zeros(1, 7).bool(), torch.tensor([[False, False, False, True, True, True, True]])
+    settled = most_confident(log_probs, 0.5, nothing, nothing)
+    assert settled.tolist() == [[False, False, False, True, True, True, True]]
+    settled = most_confident(log_probs, 0.5, nothing, beyond_end)
+    assert settled.tolist() == [[False, True, True, False, True, True, False]]  # 1.5 rounds to the even 2
+
+
+def test_given_places_are_settled_beside_the_share_of_the_others() -> None:
+    log_probs = torch.tensor([[-9.0, -1.0, -2.0, -3.0, -4.0]])
+    given_mask, nothing = torch.tensor([[True, False, False, False, False]]), torch.zeros(1, 5).bool()
+    assert most_confident(log_probs, 0.5, given_mask, nothing).tolist() == [[True, True, True, False, False]]
+    assert most_confident(log_probs, 0.0, given_mask, nothing).tolist() == [[True, False, False, False, False]]
+    assert most_confident(log_probs, 1.0, given_mask, nothing).all()
+
+
+def test_places_behind_the_end() -> None:
+    tokens = torch.tensor([[5, 2, 7, 2], [5, 0, 7, 7], [5, 6, 7, 2]])
+    assert follows_end(tokens, (2, 0)).tolist() == [
+        [False, False, True, True],
+        [False, False, True, True],
+        [False, False, False, False],
+    ]
+    assert not follows_end(tokens, ()).any()
+
+
+@pytest.mark.parametrize("kind", ["confidence", "unmasking"])
+def test_samplers_settle_words_and_padding_in_the_same_share(kind: str) -> None:
+    """The end, 2, stands at place 1: two places behind it and two up to it, of which half is settled each."""
+    if kind == "confidence":
+        sampler = ConfidenceSampler(100, make_numbers(num_tokens=4), nothing_known(1, 4), (2, 0))
+    else:
+        sampler = UnmaskingSampler([1 - t / 100 for t in range(101)], MASK, nothing_known(1, 4), (2, 0))
+    prediction = Prediction(torch.tensor([[4, 2, 0, 0]]), torch.tensor([[-3.0, -4.0, -0.1, -0.2]]))
+    state = sampler.step(sampler.start(), prediction, 50)
+    settled = state.timesteps == 2 if kind == "confidence" else state.is_final
+    assert settled.tolist() == [[True, False, True, False]]
+
+
+# ---- The loop
+
+
+class RecordingNetwork:
+    """Predicts the same logits in every state, 0 without the condition, and remembers the states."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+        self.states: list[NoisyTokens] = []
+        self.unconditional_states: list[NoisyTokens] = []
+
+    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
+        (self.states if conditional else self.unconditional_states).append(state)
+        logits = self.logits.expand(len(state.tokens), -1, -1)
+        return logits if conditional else torch.zeros_like(logits)
+
+    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+        return prediction
+
+    def select(self, keep: Tensor) -> None:
+        if len(self.logits) > 1:
+            self.logits = self.logits[keep]
+
+
+def run_renoising(
+    network: RecordingNetwork, rows: int, num_tokens: int, scales: Sequence[float], **settings: object
+) -> list[DenoisingStep]:
+    """The paper's loop with T = 10 and 3 categories."""
+    numbers = make_numbers(num_images=rows, num_tokens=num_tokens)
+    sampler = RenoiseSampler(10, numbers, nothing_known(rows, num_tokens))
+    return list(denoise(network, sampler, numbers, scales, **settings))
+
+
+def test_loop_by_hand() -> None:
+    network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0], [2.0, 0.0, 1.0]]]))
+    steps = run_renoising(network, rows=2, num_tokens=2, scales=[1.0] * 4)
+    # One call a step, none at t = 0
+    assert [state.timesteps.unique().tolist() for state in network.states] == [[10], [8], [5], [3]]
+    assert [step.timestep for step in steps] == [10, 8, 5, 3]
+    assert not network.unconditional_states  # guidance of scale 1 costs nothing
+    for step in steps:
+        assert step.prediction.tokens.tolist() == [[1, 0], [1, 0]] and step.rows.tolist() == [0, 1]
+        log_probs = torch.tensor([5.0 - math.log(1 + math.exp(5) + math.e), 2.0 - math.log(math.exp(2) + 1 + math.e)])
+        torch.testing.assert_close(step.prediction.log_probs, log_probs.expand(2, 2))
+    # The states: pure noise, then the predicted tokens with fresh noise of their timestep
+    numbers = make_numbers(num_images=2, num_tokens=2)
+    for state in network.states:
+        assert torch.equal(state.noise, numbers.normal())
+    assert all(state.tokens.tolist() == [[1, 0], [1, 0]] for state in network.states[1:])
+
+
+def test_guidance_within_the_loop() -> None:
+    logits = torch.tensor([[[1.0, 0.0, -1.0]]])
+    network = RecordingNetwork(logits)
+    steps = run_renoising(network, rows=1, num_tokens=1, scales=[1.0, 2.0, 3.0])
+    for step, scale in zip(steps, (1, 2, 3)):
+        torch.testing.assert_close(step.logits, scale * logits)
+    # Both branches see the same state, and the step of scale 1 has one branch
+    assert len(network.states) == 3 and len(network.unconditional_states) == 2
+    for state, unconditional in zip(network.states[1:], network.unconditional_states):
+        assert state is unconditional
+
+
+def test_a_multinomial_loop_draws_the_same_in_every_image_and_anew_in_every_step() -> None:
+    network = RecordingNetwork(torch.zeros(1, 16, 3))
+    numbers = make_numbers(num_images=3, num_samples=2, num_tokens=16)
+    sampler = RenoiseSampler(10, numbers, nothing_known(6, 16))
+    steps = list(denoise(network, sampler, numbers, [1.0] * 3, sampling_strategy="multinomial"))
+    for step in steps:
+        tokens = step.prediction.tokens
+        assert torch.equal(tokens[0:2], tokens[2:4]) and not torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(steps[0].prediction.tokens, steps[1].prediction.tokens)
+
+
+def test_loop_of_masks_shows_the_network_ever_fewer_masks() -> None:
+    """The first place is the surest: it is visible in the second call, and in the last only one mask is left."""
+    logits = torch.zeros(1, 4, 5)
+    logits[0, torch.arange(4), torch.tensor([3, 1, 4, 0])] = torch.tensor([9.0, 5.0, 7.0, 3.0])
+    network = RecordingNetwork(logits)
+    sampler = UnmaskingSampler([1.0, 0.75, 0.5, 0.25, 0.0], MASK, nothing_known(1, 4))
+    steps = list(denoise(network, sampler, make_numbers(), [1.0] * 4))
+    assert [state.tokens.tolist() for state in network.states] == [
+        [[MASK, MASK, MASK, MASK]],
+        [[3, MASK, MASK, MASK]],
+        [[3, MASK, 4, MASK]],
+        [[3, 1, 4, MASK]],
+    ]
+    assert steps[-1].prediction.tokens.tolist() == [[3, 1, 4, 0]]
+
+
+def test_known_tokens_are_in_every_prediction() -> None:
+    network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]).expand(1, 2, 3))
+    numbers = make_numbers(num_tokens=2)
+    sampler = RenoiseSampler(10, numbers, known([[2, 0]], [[1, 0]]))
+    steps = list(denoise(network, sampler, numbers, [1.0] * 3))
+    assert all(step.prediction.tokens.tolist() == [[2, 1]] for step in steps)
+
+
+def test_processed_logits_decide() -> None:
+    network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]))
+    seen = []
+
+    def forbid_one(logits: Tensor, rows: Tensor, choose: TokenChoice) -> Tensor:
+        seen.append((rows.tolist(), choose(logits).tolist()))
+        return logits.index_fill(-1, torch.tensor([1]), -torch.inf)
+
+    steps = run_renoising(network, rows=2, num_tokens=1, scales=[1.0] * 2, process_logits=forbid_one)
+    assert seen == [([0, 1], [[1], [1]])] * 2
+    assert all(step.prediction.tokens.tolist() == [[2], [2]] for step in steps)
+
+
+def test_settled_rows_leave_the_loop() -> None:
+    """Row 0 always predicts the same; the others' tokens are drawn from uniform logits, and change."""
+    logits = torch.zeros(3, 40, 3)
+    logits[0, :, 1] = 50.0
+    network = RecordingNetwork(logits)
+    steps = run_renoising(
+        network, rows=3, num_tokens=40, scales=[1.0] * 5, sampling_strategy="multinomial", stability_threshold=2
+    )
+    assert [step.rows.tolist() for step in steps] == [[0, 1, 2]] * 3 + [[1, 2]] * 2
+    assert [len(state.tokens) for state in network.states] == [3, 3, 3, 2, 2]
+    full = run_renoising(
+        RecordingNetwork(logits), rows=3, num_tokens=40, scales=[1.0] * 5, sampling_strategy="multinomial"
+    )
+    for step, whole in zip(steps, full):
+        assert torch.equal(step.prediction.tokens, whole.prediction.tokens[step.rows])
+
+
+def test_a_loop_ends_when_all_rows_have_settled() -> None:
+    network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]))
+    steps = run_renoising(network, rows=2, num_tokens=1, scales=[1.0] * 10, stability_threshold=3)
+    assert [step.timestep for step in steps] == [10, 9, 8, 7]
