@@ -172,7 +172,7 @@ class TDDConfig(PreTrainedConfig):
             (Section 4.2.1).
         guidance_scale (`float`, *optional*):
             Classifier-free guidance (equation 1), at least 1. The default, 1.0, is none and costs nothing. (The paper
-            uses guidance and gives no scale; on our data none gained from it, see decisions 12 and 15.)
+            uses guidance and gives no scale; on our data TDD did not gain from it, see decisions 12 and 15.)
         guidance_schedule (`str`, *optional*):
             s(t) of Algorithm 1: `"constant"`, the default, or a `"linear"` or `"cosine"` rise from 1 to
             `guidance_scale` (ours).
@@ -267,7 +267,10 @@ class TDDConfig(PreTrainedConfig):
             "label_smoothing": 0.1 if one_token and self.prediction_type != "epsilon" else 0.0,
             "loss_weighting": "alpha_bar" if one_token else "none",
         }
-        return defaults | (CLASSIFIER_INFERENCE if self.vocab_size is None else {})
+        if self.vocab_size is None:
+            defaults |= CLASSIFIER_INFERENCE
+            defaults["num_inference_steps"] = min(CLASSIFIER_INFERENCE["num_inference_steps"], self.num_timesteps)
+        return defaults
 
     @property
     def num_categories(self) -> int:

@@ -179,7 +179,10 @@ class TDDGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config: PreTrainedConfig) -> "TDDGenerationConfig":
         """The defaults, with the special tokens of a model."""
         return cls(
-            pad_token_id=model_config.pad_token_id, eos_token_id=model_config.eos_token_id, _from_model_config=True
+            num_inference_steps=min(cls._DEFAULTS["num_inference_steps"], model_config.num_timesteps),
+            pad_token_id=model_config.pad_token_id,
+            eos_token_id=model_config.eos_token_id,
+            _from_model_config=True,
         )
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:

@@ -116,7 +116,7 @@ class TDDCaptioningOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
             The weighted diffusion loss.
         logits (`torch.FloatTensor` of shape `(batch_size, num_tokens, vocab_size)`):
-            Scores of the clean tokens; with `labels`, their mean over the K timesteps.
+            Logits of the clean tokens; with `labels`, their mean over the timesteps.
         cache ([`DenoiserCache`], *optional*, with `use_cache=True`, without `labels`):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
