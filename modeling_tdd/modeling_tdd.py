@@ -288,26 +288,34 @@ class TDDTokenEmbedding(nn.Embedding):
     """
 
     def forward(
-        self, tokens: Tensor, noise: Tensor | None = None, factor: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self,
+        tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        schedule: NoiseSchedule | None = None,
+        factor: Tensor | None = None,
+    ) -> Tensor:
         r"""
         Args:
-            tokens (`torch.Tensor`): int64 of shape `(rows, N)`, or probabilities of shape `(rows, N, K)`.
-            noise (`torch.Tensor` of shape `(rows, N, min(K, d))` or `(rows, N, K)`, *optional*): Standard normal.
-            factor (`torch.Tensor`, *optional*): What an earlier call with the same weight returned.
+            tokens (`torch.Tensor`, *optional*):
+                int64 of shape `(rows, N)`, or probabilities of shape `(rows, N, K)`.
+            timesteps (`torch.LongTensor` of shape `(rows, N)`, *optional*): With `noise`: its timesteps.
+            noise (`torch.Tensor` of shape `(rows, N, K)` or `(rows, N, d)`, *optional*): Standard normal noise.
+            schedule ([`NoiseSchedule`], *optional*): With `noise`: how much of it a timestep has.
+            factor (`torch.Tensor` of shape `(d, d)`, *optional*): For noise of width d.
 
         Returns:
-            `y_0 W` and `epsilon W`, of shape `(rows, N, d)`, and, where the noise is d wide and K is not, the factor
-            of [`~diffusion_tdd.noise_factor`], which costs O(K d^2).
+            `torch.Tensor`: `y_t W` of shape `(rows, N, d)`, or `y_0 W` without noise. Without tokens the factor that
+            projects noise of width d, see [`~diffusion_tdd.noise_factor`]; it costs O(K d^2).
         """
+        if tokens is None:
+            return noise_factor(self.weight)
         is_soft = tokens.is_floating_point()
         clean = tokens.to(self.weight.dtype) @ self.weight if is_soft else super().forward(tokens)
         if noise is None:
-            return clean, None, None
-        if noise.shape[-1] == self.num_embeddings:
-            return clean, noise.to(self.weight.dtype) @ self.weight, None
-        factor = noise_factor(self.weight) if factor is None else factor
-        return clean, noise.to(factor.dtype) @ factor, factor
+            return clean
+        factor = self.weight if factor is None else factor
+        return add_noise(clean, noise.to(factor.dtype) @ factor, schedule, timesteps).to(clean.dtype)
 
 
 class TDDTimestepEmbedding(nn.Module):
@@ -540,7 +548,8 @@ class TDDDenoiser(TDDPreTrainedModel):
             prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
             cached_key_values = ((None, None),) * len(self.layers)
         # 2. The noisy tokens, with their places and times
-        hidden_states, noise_factor = self._embed(tokens, timesteps, noise, cache.noise_factor)
+        factor = self._noise_factor(noise, cache)
+        hidden_states = self._embed(tokens, timesteps, noise, factor)
         hidden_states = hidden_states + self.position_embeddings[: tokens.shape[1]]
         hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
         # 3. They attend to the prefix and to each other; the prefix attends to itself
@@ -557,7 +566,7 @@ class TDDDenoiser(TDDPreTrainedModel):
             key_values.append((key, value))
         return TDDDenoiserOutput(
             last_hidden_state=self.norm(hidden_states),
-            cache=DenoiserCache(tuple(key_values), noise_factor) if use_cache else None,
+            cache=DenoiserCache(tuple(key_values), factor) if use_cache else None,
         )
 
     def _drop_condition(self, prefix: Tensor | None, drop_condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -574,22 +583,25 @@ class TDDDenoiser(TDDPreTrainedModel):
         is_first = torch.arange(prefix.shape[1], device=prefix.device) == 0
         return prefix, (~drop_condition[:, None] | is_first).long()
 
-    def _embed(
-        self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`y_t W`, normalised and scaled as configured, of shape (rows, N, d), and the factor of the noise."""
+    def _noise_factor(self, noise: Tensor | None, cache: DenoiserCache) -> Tensor | None:
+        """What projects noise of width d, from the cache or computed; noise of width K needs none."""
+        if noise is None or noise.shape[-1] == self.config.num_categories:
+            return None
+        return self.token_embedding() if cache.noise_factor is None else cache.noise_factor
+
+    def _embed(self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None) -> Tensor:
+        """`y_t W`, normalised and scaled as configured, of shape (rows, N, d)."""
         config = self.config
         if config.corruption == "mask":
             is_mask = (tokens == config.num_categories)[..., None]
-            embeds, _, _ = self.token_embedding(tokens.clamp(max=config.num_categories - 1))
-            return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds)), None
-        clean, noise, factor = self.token_embedding(tokens, noise, factor)
+            embeds = self.token_embedding(tokens.clamp(max=config.num_categories - 1))
+            return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
         schedule = self.schedule_on(tokens.device)
-        embeds = self.input_norm(add_noise(clean, noise, schedule, timesteps).to(clean.dtype))
+        embeds = self.input_norm(self.token_embedding(tokens, timesteps, noise, schedule, factor))
         if config.input_weighting == "visibility":
             # Without it pure noise is as large as a token, and drowns position and condition (decision 11)
             embeds = embeds * schedule.visibility[timesteps][..., None].to(embeds.dtype)
-        return embeds, factor
+        return embeds
 
 
 # ---- Models

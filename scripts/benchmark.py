@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from modeling_tdd import TDDConfig, TDDForCaptioning
-from modeling_tdd.diffusion_tdd import NoiseSchedule, add_noise
+from modeling_tdd.diffusion_tdd import NoiseSchedule
 from modeling_tdd.modeling_tdd import TDDTokenEmbedding
 
 
@@ -64,8 +64,9 @@ def noisy_embeddings(
     """y_t W of random tokens at random timesteps, from K-wide or projected noise of shape (rows, N, width)."""
     tokens = torch.randint(embedding.num_embeddings, noise.shape[:2])
     timesteps = torch.randint(1, schedule.num_timesteps + 1, noise.shape[:2])
-    clean, noise, _ = embedding(tokens, noise, factor)
-    return add_noise(clean, noise, schedule, timesteps)
+    if factor is None and noise.shape[-1] != embedding.num_embeddings:
+        factor = embedding()
+    return embedding(tokens, timesteps, noise, schedule, factor)
 
 
 def benchmark_noise(args: argparse.Namespace) -> list[Result]:
@@ -74,7 +75,7 @@ def benchmark_noise(args: argparse.Namespace) -> list[Result]:
     embedding = TDDTokenEmbedding(num_categories, width)
     schedule = NoiseSchedule.from_config(caption_config(args, "gaussian"))
     with torch.no_grad():
-        *_, factor = embedding(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, width))
+        factor = embedding()
 
     def dense(num_tokens: int, backward: bool = False) -> None:
         # In chunks: the noise and its gradient are K wide, and 8,192 rows would take many GB

@@ -96,6 +96,7 @@ class CommonTests(ModelTesterMixin):
     ) -> dict[str, Tensor]:
         """With labels come timesteps and noise, for the common tests compare one call with another."""
         inputs = super()._prepare_for_class(inputs_dict, model_class)
+        inputs.pop("noise", None)  # some tests know an argument of this name from masked autoencoders
         if "input_ids" in inputs:  # tokens of a test that resizes the vocabulary: those of a caption are its labels
             input_ids = inputs.pop("input_ids")
             return inputs if model_class is TDDModel else {**inputs, "labels": input_ids}
