@@ -11,7 +11,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tdd import TDDConfig
-from .generation_tdd import TDDGenerationConfig
+from .generation_configuration_tdd import TDDGenerationConfig
 from .modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from .pipeline_tdd import TDDImageToTextPipeline
 from .processing_tdd import TDDProcessor

@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 
 
 if TYPE_CHECKING:
-    from .modeling_tdd import TDDDenoiser
+    from .denoiser_tdd import TDDDenoiser
 
 # The highest timestep, as a share of T, of a token that is not pure noise (docs/decisions.md, 12 to 14).
 HIGHEST_VISIBLE_TIMESTEP = 0.8

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from modeling_tdd import TDDConfig, TDDForCaptioning
+from modeling_tdd.denoiser_tdd import TDDTokenEmbedding
 from modeling_tdd.diffusion_tdd import NoiseSchedule
-from modeling_tdd.modeling_tdd import TDDTokenEmbedding
 
 
 @dataclass

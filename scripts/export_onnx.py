@@ -23,7 +23,7 @@ from torch.export import Dim
 from transformers import AutoConfig, AutoImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification
-from modeling_tdd.modeling_tdd import DenoiserCache
+from modeling_tdd.denoiser_tdd import DenoiserCache
 
 
 TOLERANCE = 1e-4

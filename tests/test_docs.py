@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_tdd import TDDConfig
-from modeling_tdd.generation_tdd import TDDGenerationConfig
+from modeling_tdd.generation_configuration_tdd import TDDGenerationConfig
 
 
 ROOT = Path(__file__).parent.parent

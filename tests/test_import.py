@@ -14,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLAT_MODULES = (
     "configuration",
+    "denoiser",
     "diffusion",
     "encoder",
     "generation",
+    "generation_configuration",
     "loss",
     "modeling",
     "pipeline",

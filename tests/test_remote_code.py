@@ -28,7 +28,18 @@ from modeling_tdd.modeling_tdd import AUTO_MAP
 
 
 PROBE = Path(__file__).parent / "remote_code_probe.py"
-PARTS = ("configuration", "diffusion", "encoder", "generation", "loss", "modeling", "pipeline", "sampling")
+PARTS = (
+    "configuration",
+    "denoiser",
+    "diffusion",
+    "encoder",
+    "generation",
+    "generation_configuration",
+    "loss",
+    "modeling",
+    "pipeline",
+    "sampling",
+)
 CODE = {f"{name}_tdd.py" for name in PARTS}
 
 
