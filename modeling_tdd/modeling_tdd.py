@@ -48,8 +48,8 @@ class TDDModelOutput(ModelOutput):
         hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_hidden_states=True`):
             The noisy tokens before the denoiser's first layer and after each layer.
         attentions (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_attentions=True`):
-            Attention weights of the noisy tokens over prefix and noisy tokens, one tensor a denoiser layer, each of
-            shape `(batch_size, num_attention_heads, num_tokens, prefix_length + num_tokens)`.
+            Attention weights of the noisy tokens over prefix and noisy tokens, one tensor per denoiser layer, each
+            of shape `(batch_size, num_attention_heads, num_tokens, prefix_length + num_tokens)`.
         encoder_last_hidden_state (`torch.FloatTensor`, *optional*, with `pixel_values`):
             The encoder's features: of shape `(batch_size, num_patches, encoder_hidden_size)`, or
             `(batch_size, 1, encoder_hidden_size)` where they are pooled.
@@ -75,7 +75,7 @@ class TDDImageClassifierOutput(ModelOutput):
         trajectory (`torch.FloatTensor` of shape `(batch_size, num_inference_steps, num_labels)`, *optional*):
             With `output_trajectory=True`, the predicted probabilities at each denoising step (Fig. 6), float32.
         hidden_states, attentions:
-            As in [`TDDModelOutput`], of the last denoising step; in training one row a timestep of an image.
+            As in [`TDDModelOutput`], of the last denoising step; in training one row for each timestep of an image.
         loss_by_timestep (`torch.FloatTensor` of shape `(10, 2)`, *optional*, in training mode with `labels`):
             For each tenth of the timesteps the sum of the tokens' weighted losses and the sum of their weights.
     """
@@ -101,7 +101,7 @@ class TDDCaptioningOutput(ModelOutput):
         cache ([`DenoiserCache`], *optional*, with `use_cache=True`, without `labels`):
             As in [`TDDModelOutput`].
         hidden_states, attentions:
-            As in [`TDDModelOutput`]; with `labels` one row a timestep of an image.
+            As in [`TDDModelOutput`]; with `labels` one row for each timestep of an image.
         encoder_last_hidden_state (`torch.FloatTensor`, *optional*, in eval mode with `labels`):
             As in [`TDDModelOutput`]. `generate` takes it as `image_features`: loss and captions of a batch from one
             encoding of its images.
@@ -414,7 +414,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
     r"""
     Image classification as the denoising of one label (Section 3.4).
 
-    In training mode with `labels`, `forward` returns the weighted loss over K timesteps an image. In eval mode it runs
+    In training mode with `labels`, `forward` returns the weighted loss over several timesteps of each image. In eval mode it runs
     the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer` work unchanged.
     The result of an image depends neither on the other images of its batch nor on global random state.
 

@@ -8,7 +8,7 @@ import PIL.Image
 from transformers import ImageTextToTextPipeline
 
 
-# What a captioner's config.json says of it, in Transformers' format.
+# The entry for a captioner's config.json, in Transformers' format
 CUSTOM_PIPELINES = {
     "image-to-text": {"impl": "pipeline_tdd.TDDImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
 }
@@ -38,16 +38,16 @@ class TDDImageToTextPipeline(ImageTextToTextPipeline):
                 An image (a PIL image, a file name or a URL), or a list, generator or data set of images, or of
                 dictionaries with the keys `"images"` and, optionally, `"text"`.
             text (`str` or `list[str]`, *optional*, defaults to `""`):
-                The captions' fixed beginning: one for all images, or a list of one for each.
+                The fixed beginning of the captions: one string for all images, or a list with one for each.
             kwargs:
                 `batch_size`, `max_new_tokens`, `generate_kwargs` (parameters of `generate`), and others of
                 [`ImageTextToTextPipeline`].
 
         Returns:
-            A list of `{"generated_text": str}`, one a caption, for an image; of several images a list, or an iterator,
-            of such lists.
+            For one image a list of `{"generated_text": str}`, one for each caption. For several images a list, or an
+            iterator, of such lists.
         """
-        # The grandparent's: the parent takes a list of images as one input, and one of dictionaries as a chat.
+        # Not the parent's `__call__`, which takes a list of images as one input, and a list of dictionaries as a chat
         run = super(ImageTextToTextPipeline, self).__call__
         if isinstance(images, (str, dict, PIL.Image.Image)):
             return run(self._with_text(images, text), **kwargs)
@@ -69,7 +69,7 @@ class TDDImageToTextPipeline(ImageTextToTextPipeline):
             yield self._with_text(image, text)
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
-        """As its parent's, without the prompt beside each caption."""
+        """As in the parent class, without the prompt beside each caption."""
         return [
             {name: value for name, value in record.items() if name != "input_text"}
             for record in super().postprocess(model_outputs, **kwargs)

@@ -66,24 +66,25 @@ class TDDProcessor(ProcessorMixin):
             images (*optional*):
                 An image or a list of them: PIL images, arrays, tensors, file names or URLs.
             text (`str` or `list[str]`, *optional*):
-                Prompts, a caption's fixed beginning; one string serves all images. An empty prompt is none.
+                The fixed beginnings of the captions. One string serves all images; an empty string is no prompt.
             captions (`str` or `list[str]`, *optional*):
                 Captions to learn.
             infill (`str` or `list[str]`, *optional*):
-                Captions with gaps: each mask token is a token to fill, all else stays. One string serves all images.
+                Captions with gaps: each mask token stands for one token to fill, and everything else stays as it is. One
+                string serves all images.
             kwargs:
                 `return_tensors`, and arguments of the image processor and the tokenizer.
 
         Returns:
             [`BatchFeature`]: of
             - `pixel_values`, with `images`;
-            - `input_ids` and `attention_mask`, with `text`: an empty prompt is padding alone;
+            - `input_ids` and `attention_mask`, with `text`; an empty prompt is one token of padding;
             - `labels`, with `captions`: their tokens and the end token, padded;
             - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`.
 
         Raises:
-            `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, numbers of images and
-                texts that differ, or no input at all.
+            `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, different numbers of
+                images and texts, or no input at all.
         """
         if images is None and text is None and captions is None and infill is None:
             raise ValueError("Give at least one of `images`, `text`, `captions` and `infill`.")
@@ -108,7 +109,7 @@ class TDDProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _read_images(self, images: Any) -> Any:
-        """Images as RGB, decoded here, where an error can say which one it was."""
+        """Images as RGB. They are decoded here, where an error can say which image it was."""
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         for index, image in enumerate(images):
             if not isinstance(image, (str, Path, PIL.Image.Image)):
@@ -151,7 +152,7 @@ class TDDProcessor(ProcessorMixin):
         if max(map(len, rows)) > room:
             logger.warning_once(
                 f"Captions longer than {room} tokens and an end are truncated (`tokenizer.model_max_length`). "
-                "This is said once."
+                "This warning is shown once."
             )
         return self._pad([[*row[:room], self.tokenizer.eos_token_id] for row in rows])
 
@@ -163,7 +164,7 @@ class TDDProcessor(ProcessorMixin):
         for text, row in zip(texts, rows):
             if mask_token not in row:
                 raise ValueError(f"Nothing to fill: {text!r} has no {self.tokenizer.mask_token}.")
-        # The end is fixed, and so is what follows it: the caption has the words around the gaps and no more.
+        # The end is fixed, and so is the padding behind it: the caption has the words around the gaps and no others.
         rows = self._pad([[*row, self.tokenizer.eos_token_id] for row in rows])
         fixed = [[int(token != mask_token) for token in row] for row in rows]
         return {"decoder_input_ids": rows, "decoder_attention_mask": fixed}

@@ -76,7 +76,7 @@ def test_loss_by_hand(
     make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor, loss_weighting: str, pad_loss_weight: float
 ) -> None:
     """One timestep an image, so that `logits` are the very ones that the loss compares. The mean is over all places,
-    whatever they weigh: a caption counts the same in any batch."""
+    whatever their weights are: a caption counts the same in any batch."""
     model = make_captioner(
         pad_loss_weight=pad_loss_weight,
         loss_weighting=loss_weighting,

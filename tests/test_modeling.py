@@ -364,7 +364,7 @@ def test_dropping_every_condition_leaves_the_unconditional_branch(
 def test_a_dropped_prefix_of_many_tokens_equals_the_null_prefix(
     make_config: MakeConfig, pixel_values: Tensor, attention: str
 ) -> None:
-    """Two rows an image. A dropped image must see neither more nor less than the null condition's one token."""
+    """Two rows per image. A dropped image must see neither more nor less than the null condition's one token."""
     model = TDDModel(make_config(pooling=None, vocab_size=40, max_position_embeddings=6))
     model.set_attn_implementation(attention)
     model.eval()
