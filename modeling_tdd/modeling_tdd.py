@@ -414,9 +414,9 @@ class TDDForImageClassification(TDDPreTrainedModel):
     r"""
     Image classification as the denoising of one label (Section 3.4).
 
-    In training mode with `labels`, `forward` returns the weighted loss over several timesteps of each image. In eval mode it runs
-    the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer` work unchanged.
-    The result of an image depends neither on the other images of its batch nor on global random state.
+    In training mode with `labels`, `forward` returns the weighted loss over several timesteps of each image. In eval
+    mode it runs the whole denoising loop and returns `logits`, so `pipeline("image-classification")` and `Trainer`
+    work unchanged. The result of an image depends neither on the other images of its batch nor on global random state.
 
     With `config.corruption="mask"` it is the baseline MDD, for one token a linear head on the encoder's features.
     """

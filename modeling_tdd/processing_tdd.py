@@ -70,8 +70,8 @@ class TDDProcessor(ProcessorMixin):
             captions (`str` or `list[str]`, *optional*):
                 Captions to learn.
             infill (`str` or `list[str]`, *optional*):
-                Captions with gaps: each mask token stands for one token to fill, and everything else stays as it is. One
-                string serves all images.
+                Captions with gaps: each mask token stands for one token to fill, and everything else stays. One string
+                serves all images.
             kwargs:
                 `return_tensors`, and arguments of the image processor and the tokenizer.
 

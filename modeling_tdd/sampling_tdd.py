@@ -142,7 +142,7 @@ class RenoiseSampler:
         """The state at t = T."""
         return self._add_noise(self.known.tokens, torch.full_like(self.known.tokens, self.num_timesteps))
 
-    def step(self, state: NoisyTokens, prediction: Prediction, next_timestep: int) -> NoisyTokens:
+    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
         """The state at `next_timestep`."""
         return self._add_noise(prediction.tokens, torch.full_like(prediction.tokens, next_timestep))
 
@@ -175,7 +175,7 @@ class ConfidenceSampler(RenoiseSampler):
         """The state at t = T: noise, and the given tokens with little noise."""
         return self._settle(self.known.tokens, self.known.mask)
 
-    def step(self, state: NoisyTokens, prediction: Prediction, next_timestep: int) -> NoisyTokens:
+    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
         """The state in which the share 1 - t / T of the free places is settled."""
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
         share = 1 - next_timestep / self.num_timesteps
@@ -204,24 +204,26 @@ class UnmaskingSampler:
         self.visible_share, self.mask_token = visible_share, mask_token
         self.known, self.end_token_ids = known, end_token_ids
         self.num_timesteps = len(visible_share) - 1
+        self.is_visible = known.mask
 
     def start(self) -> NoisyTokens:
         """The state at t = T: masks, and the given tokens."""
         return self._unmask(self.known.tokens, self.known.mask, self.num_timesteps)
 
-    def step(self, state: NoisyTokens, prediction: Prediction, next_timestep: int) -> NoisyTokens:
+    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
         """The state in which as many places are visible as belong to `next_timestep`."""
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
-        confidence = prediction.log_probs.masked_fill(state.is_final, float("inf"))  # what is visible ranks first
+        confidence = prediction.log_probs.masked_fill(self.is_visible, float("inf"))  # what is visible ranks first
         share = self.visible_share[next_timestep]
-        is_visible = state.is_final | most_confident(confidence, share, self.known.mask, beyond_end)
+        is_visible = self.is_visible | most_confident(confidence, share, self.known.mask, beyond_end)
         return self._unmask(prediction.tokens, is_visible, next_timestep)
 
     def select(self, keep: Tensor) -> None:
         """From now on only the rows of a boolean mask are denoised."""
-        self.known = select_rows(self.known, keep)
+        self.known, self.is_visible = select_rows((self.known, self.is_visible), keep)
 
     def _unmask(self, tokens: Tensor, is_visible: Tensor, timestep: int) -> NoisyTokens:
+        self.is_visible = is_visible
         tokens = tokens.masked_fill(~is_visible, self.mask_token)
         return NoisyTokens(tokens, torch.full_like(tokens, timestep), None, is_visible)
 
@@ -406,10 +408,10 @@ def denoise(
             if not keep.all():
                 for part in (network, sampler, numbers):
                     part.select(keep)
-                rows, unchanged, prediction, state = select_rows((rows, unchanged, prediction, state), keep)
+                rows, unchanged, prediction = select_rows((rows, unchanged, prediction), keep)
         previous = prediction.tokens
         # 2e. Re-noise
-        state = sampler.step(state, prediction, next_timestep)
+        state = sampler.step(prediction, next_timestep)
 
 
 __all__ = [

@@ -182,7 +182,7 @@ def test_renoising_starts_from_pure_noise_and_forgets_the_old_state() -> None:
     start = sampler.start()
     assert start.timesteps.tolist() == [[20, 20]] * 2 and not start.is_final.any()
     prediction = Prediction(torch.tensor([[2, 1], [0, 2]]), torch.zeros(2, 2))
-    state = sampler.step(start, prediction, 15)
+    state = sampler.step(prediction, 15)
     assert torch.equal(state.tokens, prediction.tokens) and state.timesteps.tolist() == [[15, 15]] * 2
     numbers = make_numbers(num_images=2, num_tokens=2)
     assert torch.equal(start.noise, numbers.normal()) and torch.equal(state.noise, numbers.normal())
@@ -196,7 +196,7 @@ def test_known_tokens_are_renoised_and_final() -> None:
     assert torch.equal(start.is_final, given_tokens.mask)
     sampler.select(torch.tensor([False, True]))
     sampler.numbers.select(torch.tensor([False, True]))
-    state = sampler.step(start, Prediction(torch.tensor([[1, 2]]), torch.zeros(1, 2)), 5)
+    state = sampler.step(Prediction(torch.tensor([[1, 2]]), torch.zeros(1, 2)), 5)
     assert state.is_final.tolist() == [[False, True]] and len(state.noise) == 1
 
 
@@ -209,13 +209,13 @@ def test_the_surest_tokens_are_settled_and_may_be_revised() -> None:
     state = sampler.start()
     assert state.timesteps.tolist() == [[100] * 4]
     prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-0.1, -3.0, -0.5, -0.2]]))
-    state = sampler.step(state, prediction, 50)
+    state = sampler.step(prediction, 50)
     assert state.timesteps.tolist() == [[2, 100, 100, 2]] and not state.is_final.any()
     # Others are settled where the network has become surer of them
     prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-4.0, -0.1, -0.2, -3.0]]))
-    state = sampler.step(state, prediction, 50)
+    state = sampler.step(prediction, 50)
     assert state.timesteps.tolist() == [[100, 2, 2, 100]]
-    state = sampler.step(state, prediction, 25)
+    state = sampler.step(prediction, 25)
     assert state.timesteps.tolist() == [[100, 2, 2, 2]]
 
 
@@ -224,7 +224,7 @@ def test_known_tokens_have_little_noise_from_the_start() -> None:
     state = sampler.start()
     assert state.tokens[0, 0] == 2 and state.timesteps.tolist() == [[2, 100, 100]]
     assert state.is_final.tolist() == [[True, False, False]]
-    state = sampler.step(state, Prediction(torch.tensor([[2, 1, 0]]), torch.tensor([[-9.0, -1.0, -2.0]])), 50)
+    state = sampler.step(Prediction(torch.tensor([[2, 1, 0]]), torch.tensor([[-9.0, -1.0, -2.0]])), 50)
     assert state.timesteps.tolist() == [[2, 2, 100]]  # one of two free places
 
 
@@ -246,14 +246,14 @@ def test_masks_give_way_in_the_order_of_confidence() -> None:
     assert state.tokens.tolist() == [[MASK] * 4] and state.noise is None
     assert state.timesteps.tolist() == [[3] * 4] and not state.is_final.any()
     log_probs = torch.tensor([[-0.1, -3.0, -0.5, -0.2]])
-    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 2)
+    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 2)
     assert state.tokens.tolist() == [[1, MASK, MASK, 4]] and state.timesteps.tolist() == [[2] * 4]
     assert state.is_final.tolist() == [[True, False, False, True]]
     # What is visible stays, however sure the network now is of other places
     log_probs = torch.tensor([[-9.0, -1.0, -2.0, -9.0]])
-    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 1)
+    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 1)
     assert state.tokens.tolist() == [[1, 2, MASK, 4]]
-    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 0)
+    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 0)
     assert state.tokens.tolist() == [[1, 2, 3, 4]] and state.is_final.all()
 
 
@@ -261,7 +261,7 @@ def test_known_tokens_are_no_masks() -> None:
     sampler = UnmaskingSampler([1.0, 0.5, 0.0], MASK, known([[3, 0, 0]], [[1, 0, 0]]))
     state = sampler.start()
     assert state.tokens.tolist() == [[3, MASK, MASK]] and state.is_final.tolist() == [[True, False, False]]
-    state = sampler.step(state, Prediction(torch.tensor([[3, 1, 2]]), torch.tensor([[-9.0, -2.0, -1.0]])), 1)
+    state = sampler.step(Prediction(torch.tensor([[3, 1, 2]]), torch.tensor([[-9.0, -2.0, -1.0]])), 1)
     assert state.tokens.tolist() == [[3, MASK, 2]]  # one of two free places
 
 
@@ -274,7 +274,7 @@ def test_mask_loop_unmasks_everything(data: st.DataObject, num_timesteps: int, l
     state, masks_left = sampler.start(), [length]
     for timestep in inference_timesteps(num_timesteps, steps)[1:]:
         tokens = torch.where(state.is_final, state.tokens, torch.randint(5, (2, length)))
-        state = sampler.step(state, Prediction(tokens, torch.randn(2, length)), timestep)
+        state = sampler.step(Prediction(tokens, torch.randn(2, length)), timestep)
         masks_left.append((state.tokens == MASK).sum(1).max().item())
     assert masks_left == sorted(masks_left, reverse=True)
     assert masks_left[-1] == 0
@@ -319,7 +319,7 @@ def test_samplers_settle_words_and_padding_in_the_same_share(kind: str) -> None:
     else:
         sampler = UnmaskingSampler([1 - t / 100 for t in range(101)], MASK, nothing_known(1, 4), (2, 0))
     prediction = Prediction(torch.tensor([[4, 2, 0, 0]]), torch.tensor([[-3.0, -4.0, -0.1, -0.2]]))
-    state = sampler.step(sampler.start(), prediction, 50)
+    state = sampler.step(prediction, 50)
     settled = state.timesteps == 2 if kind == "confidence" else state.is_final
     assert settled.tolist() == [[True, False, True, False]]
 

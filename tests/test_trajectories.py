@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Tests of the view of a denoising loop: the caption of each step, the candidates of a token, and the script that shows both."""
+"""The view of a denoising loop: the caption of each step, the candidates of a token, and the script for both."""
 
 import runpy
 import sys
