@@ -136,7 +136,7 @@ class TDDLayer(GradientCheckpointingLayer):
         """From noisy tokens and a prefix, or its keys and values, to both after this layer, and the keys and values.
         `hidden_states` has one or several successive rows for each row of `prefix`."""
         if prefix_key is None:
-            prefix, key, value = self._encode_prefix(prefix, prefix_attention_mask)
+            prefix, key, value = self.encode_prefix(prefix, prefix_attention_mask)
             repeats = hidden_states.shape[0] // key.shape[0]
             prefix_key, prefix_value = (states.repeat_interleave(repeats, dim=0) for states in (key, value))
         normed = self.layernorm_before(hidden_states)
@@ -145,7 +145,7 @@ class TDDLayer(GradientCheckpointingLayer):
         attended, _ = self.attention(normed, key, value, attention_mask, **kwargs)
         return self._add(hidden_states, attended), prefix, prefix_key, prefix_value
 
-    def _encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The prefix, which attends to itself alone, after this layer, and its keys and values in it."""
         normed = self.layernorm_before(prefix)
         key, value = self.attention.key_value(normed)

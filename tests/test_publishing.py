@@ -64,7 +64,7 @@ image, repo_id, output = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(repo_id, trust_remote_code=True, force_download=True)
 processor = AutoProcessor.from_pretrained(repo_id, trust_remote_code=True)
 outputs = model.generate(**processor(images=Image.open(image), return_tensors="pt"), return_dict_in_generate=True)
-save_file({"sequences": outputs.sequences, "scores": outputs.scores}, output)
+save_file({"sequences": outputs.sequences, "log_probs": outputs.log_probs}, output)
 """
 PUSH = """
 import sys
@@ -285,7 +285,9 @@ def assert_same_captions(pulled: dict[str, torch.Tensor], folder: Path, image_fi
     model, processor = TDDForCaptioning.from_pretrained(folder), TDDProcessor.from_pretrained(folder)
     inputs = processor(images=Image.open(image_file), return_tensors="pt")
     expected = model.generate(**inputs, return_dict_in_generate=True)
-    assert torch.equal(pulled["sequences"], expected.sequences) and torch.equal(pulled["scores"], expected.scores)
+    assert torch.equal(pulled["sequences"], expected.sequences) and torch.equal(
+        pulled["log_probs"], expected.log_probs
+    )
 
 
 def test_published_checkpoint_gives_the_same_captions_and_a_failed_upload_leaves_it(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..modeling_tdd import KeyValues, TDDForCaptioning, TDDForImageClassification, diffusion_loss
+from ..loss_tdd import diffusion_loss
+from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification
 
 
 Model = TDDForImageClassification | TDDForCaptioning
@@ -159,7 +160,7 @@ def training_cost(model: Model, image_size: tuple[int, int], precision: str = "n
         encoder = _count(lambda: _features(copy, image_size, 1), copy.config.freeze_encoder)
         prefix = Operations()
         if copy.model.denoiser is not None:
-            prefix = _count(lambda: _flat(copy.model.denoiser.encode_prefix(copy.model.connector(features))))
+            prefix = _count(lambda: _prefix_keys_and_values(copy, features))
         one, two = (_count(lambda rows=rows: _loss(copy, features.expand(rows, -1, -1))) for rows in (1, 2))
     with _fake_copy(model, "sdpa") as copy:
         kept = [_kept_bytes(copy, image_size, rows, precision) for rows in (1, 2)]
@@ -190,7 +191,7 @@ def _fake_copy(model: Model, attention: str) -> Iterator[Model]:
 
 
 def _features(model: Model, image_size: tuple[int, int], rows: int) -> Tensor:
-    channels = getattr(model.config.vision_config, "num_channels", 3)
+    channels = model.model.encoder_layout.num_channels
     return model.model.get_image_features(torch.empty(rows, channels, *image_size), return_dict=True).pooler_output
 
 
@@ -204,8 +205,14 @@ def _loss(model: Model, features: Tensor) -> Tensor:
     return diffusion_loss(model.model.denoiser, head, model.model.connector(features), targets).loss
 
 
-def _flat(key_values: KeyValues) -> Tensor:
-    return torch.cat([states.flatten() for pair in key_values for states in pair])
+def _prefix_keys_and_values(model: Model, features: Tensor) -> Tensor:
+    """All that the denoiser computes once per image, flattened."""
+    prefix = model.model.connector(features)
+    states = []
+    for layer in model.model.denoiser.layers:
+        prefix, *key_value = layer.encode_prefix(prefix, None)
+        states += key_value
+    return torch.cat([tensor.flatten() for tensor in states])
 
 
 def _count(run: Callable[[], Tensor], is_cached: bool = False) -> Operations:
