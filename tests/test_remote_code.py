@@ -23,24 +23,14 @@ from transformers import (
     ViTImageProcessor,
 )
 
+import modeling_tdd
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification, TDDModel, TDDProcessor
 from modeling_tdd.modeling_tdd import AUTO_MAP
 
 
 PROBE = Path(__file__).parent / "remote_code_probe.py"
-PARTS = (
-    "configuration",
-    "denoiser",
-    "diffusion",
-    "encoder",
-    "generation",
-    "generation_configuration",
-    "loss",
-    "modeling",
-    "pipeline",
-    "sampling",
-)
-CODE = {f"{name}_tdd.py" for name in PARTS}
+# A classifier needs no processor of ours
+CODE = {path.name for path in Path(modeling_tdd.__file__).parent.glob("*_tdd.py")} - {"processing_tdd.py"}
 
 
 @pytest.fixture
