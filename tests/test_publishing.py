@@ -216,6 +216,7 @@ def test_dry_run_writes_the_card_and_uploads_nothing(
     assert data["pipeline_tag"] == "image-text-to-text" and data["library_name"] == "transformers"
     assert data["license"] == "apache-2.0" and data["datasets"] == ["emoji_mini"] and "tdd" in data["tags"]
     assert len(data["model-index"][0]["results"][0]["metrics"]) == 2 and not card_errors(str(card))
+    assert "departs from the paper's diffusion process by a timestep for each token, wrong tokens" in card.text
     assert "52.00 ± 2.00" in card.text and "CC BY-SA 4.0" in card.text and "@article{" in card.text
     assert str(ROOT) not in str(card) and str(tmp_path) not in str(card)
 
@@ -238,6 +239,7 @@ def test_card_of_a_classifier(
     assert metric == {"type": "accuracy", "value": 90.0, "name": "top1, 10 denoising steps"}
     assert "batch size 64, learning rate 0.001, weight decay 0.05" in card.text
     assert "It knows 5 labels" in card.text and "Scores in %, one seed." in card.text
+    assert "Its diffusion process is the paper's." in card.text
 
     # A result from before there was `base_learning_rate`
     del recipe["training"]["base_learning_rate"]

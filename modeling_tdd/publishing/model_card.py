@@ -171,8 +171,25 @@ def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
     what = "An image classifier" if task == "image-classification" else "An image captioner"
     return (
         f"{what} by {METHODS[config['corruption']]}, [arXiv 2510.01047](https://arxiv.org/abs/2510.01047), with a "
-        f"`{config['vision_config']['model_type']}` encoder and {num_parameters / 1e6:.2f} M parameters."
-    )
+        f"`{config['vision_config']['model_type']}` encoder and {num_parameters / 1e6:.2f} M parameters. "
+        f"{_process(config)}"
+    ).strip()
+
+
+def _process(config: dict[str, Any]) -> str:
+    """What is the paper's and what is ours in a TDD model's diffusion process."""
+    if config["corruption"] == "mask":
+        return ""
+    departures = {
+        "a timestep for each token": config["timestep_sampling"] == "per_token",
+        "wrong tokens in training": config["mistaken_share"] > 0,
+        "an input scaled by its signal share": config["input_weighting"] == "visibility",
+        "the regression loss": config["prediction_type"] == "epsilon",
+    }
+    given = [name for name, departs in departures.items() if departs]
+    if not given:
+        return "Its diffusion process is the paper's."
+    return f"It departs from the paper's diffusion process by {', '.join(given)}."
 
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
