@@ -363,9 +363,8 @@ class TDDModel(TDDPreTrainedModel):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         prefix = None if image_features is None else self.get_prefix(image_features=image_features)
-        batch_size = len(prefix) if cache is None else len(cache.key_values[0][0])
-        device = self.device if cache is None else cache.key_values[0][0].device
-        state = self._noisy_tokens(batch_size, tokens, timesteps, noise, device)
+        given = prefix if cache is None else cache.key_values[0][0]
+        state = self._noisy_tokens(len(given), tokens, timesteps, noise, given.device)
         outputs = self.denoiser(
             state.tokens, state.timesteps, state.noise, prefix, cache=cache, use_cache=use_cache, **kwargs
         )
