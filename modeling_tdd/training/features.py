@@ -75,9 +75,8 @@ def cache_features(
         dataset (`Dataset`): A data set with a column `image`.
         path (`str` or `Path`): A safetensors file.
         batch_size (`int`, *optional*, defaults to 64): Number of images that are encoded at once.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): `torch.float16` or `torch.float32`, the dtype
-        of
-            the features.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
+            Type of the features, `torch.float16` or `torch.float32`.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_tokens, width)`, on the CPU.
