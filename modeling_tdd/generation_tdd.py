@@ -204,7 +204,7 @@ class TDDGenerationMixin:
     ) -> "StepRecorder":
         """One denoising loop around fixed tokens, which has one or several successive rows for each image."""
         numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
-        recorder = StepRecorder(config.output_trajectory)
+        recorder = StepRecorder(config.output_trajectory, keep_first=config.num_return_sequences > 1)
         for step in denoise(
             self.make_network(prefix),
             self._make_sampler(config, numbers, fixed.known),
@@ -251,9 +251,8 @@ class TDDGenerationMixin:
         """Arguments of the call over `generation_config` over the model's special tokens and the defaults."""
         given = self.generation_config if generation_config is None else generation_config
         parameters = {name: getattr(given, name, None) for name in TDDGenerationConfig._DEFAULTS}
-        if not kwargs.get(
-            "do_sample", parameters["do_sample"]
-        ):  # an argmax has no use for the parameters of draws, which only the call itself may not give
+        # An argmax has no use for the parameters of draws, which only the call itself may not give
+        if not kwargs.get("do_sample", parameters["do_sample"]):
             for name in SAMPLING_PARAMETERS:
                 parameters.pop(name)
         config = TDDGenerationConfig(**{**parameters, **kwargs})
@@ -541,17 +540,18 @@ class TokenLogitsProcessor:
 
 
 class StepRecorder:
-    """The latest tokens and log-probabilities of every row, and on demand those of all steps."""
+    """The latest tokens and log-probabilities of every row. On demand also those of all steps, and the
+    log-probabilities of all K categories in the first step."""
 
-    def __init__(self, keep_trajectory: bool):
-        self.keep_trajectory = keep_trajectory
+    def __init__(self, keep_trajectory: bool, keep_first: bool = False):
+        self.keep_trajectory, self.keep_first = keep_trajectory, keep_first
         self.timesteps: list[int] = []
         self.history: list[tuple[Tensor, ...]] = []
 
     def record(self, step: DenoisingStep) -> None:
         """Takes a step; rows that have left the loop keep what they have. The first step is every row's."""
         latest = list(step.prediction)
-        if not self.timesteps:
+        if self.keep_first and not self.timesteps:
             self.first_log_probs = step.logits.log_softmax(-1)
         if self.keep_trajectory:
             log_probs = step.logits.log_softmax(-1)

@@ -364,10 +364,8 @@ class TDDModel(TDDPreTrainedModel):
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         prefix = None if image_features is None else self.get_prefix(image_features=image_features)
         given = prefix if cache is None else cache.key_values[0][0]
-        state = self._noisy_tokens(len(given), tokens, timesteps, noise, given.device)
-        outputs = self.denoiser(
-            state.tokens, state.timesteps, state.noise, prefix, cache=cache, use_cache=use_cache, **kwargs
-        )
+        inputs = self._noisy_tokens(len(given), tokens, timesteps, noise, given.device)
+        outputs = self.denoiser(*inputs, prefix, cache=cache, use_cache=use_cache, **kwargs)
         return TDDModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
@@ -383,8 +381,8 @@ class TDDModel(TDDPreTrainedModel):
         timesteps: Tensor | None,
         noise: Tensor | None,
         device: torch.device,
-    ) -> NoisyTokens:
-        """What the denoiser reads, with defaults for what is not given."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tokens, timesteps and noise that the denoiser reads, with defaults for what is not given."""
         config = self.config
         if tokens is None:
             nothing = config.num_categories if config.corruption == "mask" else 0
@@ -397,7 +395,7 @@ class TDDModel(TDDPreTrainedModel):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(tokens.shape[1], config.noise_width, generator=generator)
             noise = noise.to(device).expand(batch_size, -1, -1)
-        return NoisyTokens(tokens, timesteps, noise, torch.zeros_like(tokens, dtype=torch.bool))
+        return tokens, timesteps, noise
 
 
 def check_label_range(labels: Tensor, num_categories: int) -> None:

@@ -8,6 +8,7 @@ Prints a table with a row per checkpoint, and writes it as JSON with --output.
 import argparse
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset, load_dataset
@@ -19,13 +20,6 @@ from modeling_tdd import TDDForCaptioning, TDDProcessor
 from modeling_tdd.evaluation.captions import exact_match
 from modeling_tdd.sampling_tdd import RandomNumbers
 from modeling_tdd.training.results import markdown_table, write_json
-
-
-class ZeroNoise(RandomNumbers):
-    """Zeros in place of the standard normal numbers."""
-
-    def normal(self) -> torch.Tensor:
-        return torch.zeros_like(super().normal())
 
 
 def caption_images(
@@ -50,15 +44,9 @@ def measure(checkpoint: str, data: Dataset, batch_size: int, steps: int) -> dict
         raise ValueError(f"{checkpoint} has masks (MDD) and no noise that could be replaced.")
     processor = AutoProcessor.from_pretrained(checkpoint)
     drawn = caption_images(model, processor, data, batch_size, steps)
-    make_numbers = model._random_numbers
-
-    def make_zeros(*args: Any) -> RandomNumbers:
-        numbers = make_numbers(*args)
-        numbers.__class__ = ZeroNoise
-        return numbers
-
-    model._random_numbers = make_zeros
-    zeroed = caption_images(model, processor, data, batch_size, steps)
+    draw = RandomNumbers.normal
+    with patch.object(RandomNumbers, "normal", lambda numbers: torch.zeros_like(draw(numbers))):
+        zeroed = caption_images(model, processor, data, batch_size, steps)
     references = [[caption] for caption in data["caption"]]
     return {
         "checkpoint": checkpoint,
