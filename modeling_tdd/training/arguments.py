@@ -1,0 +1,132 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a training run: Transformers' `TrainingArguments`, and a few that they lack."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate.utils import is_tensorboard_available
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class TDDTrainingArguments(TrainingArguments):
+    r"""
+    The settings of [`TDDTrainer`]. All of `TrainingArguments` are there. Some have another default here:
+    `lr_scheduler_type="cosine"`, `max_grad_norm=3.0` (the paper's), `logging_steps=50`, `save_total_limit=2`,
+    `report_to="tensorboard"` where it is installed, and persistent data workers.
+
+    Args:
+        batch_size (`int`, *optional*):
+            Images per optimiser step, over all processes and accumulation steps. It takes the place of
+            `per_device_train_batch_size` and `gradient_accumulation_steps`, which follow from it and from the number of
+            processes.
+        device_batch_size (`int`, *optional*):
+            With `batch_size`: images that fit on a device at once. By default a step is not accumulated.
+        base_learning_rate (`float`, *optional*):
+            With `batch_size`: the learning rate at a batch size of 256. It takes the place of `learning_rate`, which
+            scales linearly with the batch size (Goyal et al., 2017).
+        mixed_precision (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` trains in bf16 where the hardware is fast at it, unless `bf16` or `fp16` is given. `"no"`, `"bf16"`
+            and `"fp16"` are as in Accelerate.
+        ema_decay (`float`, *optional*, defaults to 0.9999):
+            Decay of the moving average of the weights, in [0, 1). The average is what is evaluated and saved. 0 keeps
+            no average.
+        ema_warmup (`bool`, *optional*, defaults to `True`):
+            Whether the decay grows up to `ema_decay` with the steps taken, see [`AveragedAdamW`] (ours). The paper's
+            is constant.
+        max_skipped_steps (`int`, *optional*, defaults to 10):
+            Number of steps in a row that may be skipped because the loss or its gradient is not finite.
+        cpu_threads (`int`, *optional*):
+            Threads of each process on the CPU. A small network is fastest with one.
+
+    Raises:
+        `ValueError`: if `batch_size` is not a whole number of device batches, or a setting is out of its range.
+    """
+
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    max_grad_norm: float = 3.0
+    logging_steps: float = 50
+    save_total_limit: int | None = 2
+    remove_unused_columns: bool | None = False  # the collators read images, which are no arguments of `forward`
+    ddp_find_unused_parameters: bool | None = False
+    report_to: None | str | list[str] = field(
+        default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
+    )
+    batch_size: int | None = None
+    device_batch_size: int | None = None
+    base_learning_rate: float | None = None
+    mixed_precision: str = "auto"
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+    max_skipped_steps: int = 10
+    cpu_threads: int | None = None
+
+    def __post_init__(self):
+        self._check()
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
+        # Without `use_cpu` Accelerate runs processes that have no GPU as separate trainings.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if not (self.bf16 or self.fp16):
+            precision = fast_precision() if self.mixed_precision == "auto" else self.mixed_precision
+            self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(f"One of {self.n_gpu} GPUs is used. `accelerate launch` uses them all.")
+            self._n_gpu = 1  # Trainer would use `nn.DataParallel`, which is slow and has one random state for all
+        if self.batch_size is not None:
+            self._divide_batch()
+
+    def _check(self) -> None:
+        if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
+            raise ValueError(
+                f"`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        for name in ("batch_size", "device_batch_size", "cpu_threads", "num_train_epochs", "base_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if self.batch_size is None and (self.device_batch_size or self.base_learning_rate):
+            raise ValueError("`device_batch_size` and `base_learning_rate` need `batch_size`.")
+        if self.label_smoothing_factor > 0:
+            raise ValueError("Set the model's `label_smoothing`: that of Trainer would replace the diffusion loss.")
+
+    def _divide_batch(self) -> None:
+        """Sets the device batch, the accumulation and the learning rate, and prints them."""
+        device_batch = self.device_batch_size or max(1, self.batch_size // self.world_size)
+        steps, remainder = divmod(self.batch_size, device_batch * self.world_size)
+        if remainder or steps == 0:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `device_batch_size` x processes, got {self.batch_size} and "
+                f"{device_batch} x {self.world_size}."
+            )
+        self.per_device_train_batch_size = device_batch
+        self.gradient_accumulation_steps = steps
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self.batch_size / 256
+        if self.process_index == 0:
+            rate = np.format_float_scientific(self.learning_rate, precision=4, trim="-", exp_digits=2)
+            precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+            print(
+                f"{self.world_size} process(es) on {self.device.type}, {precision}: batch size {self.batch_size} = "
+                f"{device_batch} x {self.world_size} x {steps} accumulation step(s), learning rate {rate}"
+            )
+
+
+def fast_precision() -> str:
+    """`"bf16"` where the hardware multiplies matrices faster in it, `"no"` elsewhere.
+
+    CPUs with AMX do so 19 times as fast as in float32. On a CPU without AMX bf16 was over 100 times slower.
+    """
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"

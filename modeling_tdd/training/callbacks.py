@@ -1,0 +1,213 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""What [`TDDTrainer`] adds to Transformers' training loop."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce, set_seed
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from .batches import MODEL, seed_for
+
+
+logger = logging.get_logger(__name__)
+
+
+class SeedCallback(TrainerCallback):
+    """Seeds what the model draws for a device batch by the run's seed and the batch's place in the run. So no random
+    state is carried along: a resumed run draws what the unbroken one would have drawn, and with the same device batch
+    any number of processes draw the same. It also tells the training data which epoch it is."""
+
+    def __init__(self):
+        self.substep = 0
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.substep = 0
+        self._seed(args, state)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.substep += 1
+        self._seed(args, state)
+
+    def _seed(self, args: TrainingArguments, state: TrainerState) -> None:
+        # The device batches of a step go to the processes in turn
+        place = (state.global_step * args.gradient_accumulation_steps + self.substep) * args.world_size
+        set_seed(seed_for(args.seed, MODEL, place + args.process_index))
+
+
+class FiniteStepsCallback(TrainerCallback, ExportableState):
+    r"""
+    Skips a step whose gradient is not finite: no weight and no average changes, in any process.
+
+    Raises:
+        `FloatingPointError`: after more than `max_skipped_steps` such steps in a row. It names the last checkpoint.
+    """
+
+    def __init__(self):
+        self.skipped = self.skipped_in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        vars(self).update(saved["attributes"])
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Gradients have been averaged over the processes, so that all decide alike. Optimisers leave weights without
+        # a gradient as they are.
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
+            self.skipped_in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > args.max_skipped_steps:
+            last = last_complete_checkpoint(args.output_dir)
+            raise FloatingPointError(
+                f"The loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
+                f"{state.global_step + 1}. "
+                + (f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint.")
+            )
+
+
+class StopCallback(TrainerCallback):
+    """After SIGTERM or SIGINT the run saves a checkpoint and ends at the end of a step, in all processes together.
+
+    `signal` is then the signal's number. A second signal has its default effect. (Transformers' own
+    `enable_jit_checkpoint` waits for seconds, and lets each process stop at a step of its own.)
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        number = int(reduce(torch.tensor(self.signal or 0, device=args.device), "max"))
+        if number:
+            self.signal = number
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._restore_handlers()
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
+class MeterCallback(TrainerCallback):
+    """Measures what each line of the log adds to Trainer's: see [`~TDDTrainer.log`]. [`TDDTrainer`] tells it when a
+    step starts, how long it waited for data, and the losses by timestep."""
+
+    def __init__(self):
+        self.start = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps, self.seconds, self.wait = 0, 0.0, 0.0
+        self.loss_sums: torch.Tensor | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.steps += 1
+        self.seconds += time.perf_counter() - self.start
+
+    def add_losses(self, loss_sums: torch.Tensor) -> None:
+        """Adds `loss_by_timestep` of [`TDDImageClassifierOutput`], of shape `(num_tenths, 2)`."""
+        loss_sums = loss_sums.detach().float()
+        self.loss_sums = loss_sums if self.loss_sums is None else self.loss_sums + loss_sums
+
+    def values(self, batch_size: int) -> dict[str, float]:
+        """The values of a line of the log, and starts the next line. All processes must call it."""
+        values = {
+            "images_per_second": self.steps * batch_size / max(self.seconds, 1e-9),
+            "data_wait_share": self.wait / max(self.seconds, 1e-9),
+            "memory_gib": peak_memory_gib(),
+        }
+        if self.loss_sums is not None:
+            for tenth, (loss, weight) in enumerate(reduce(self.loss_sums, "sum").tolist()):
+                if weight > 0:
+                    values[f"loss_by_timestep/{tenth}"] = loss / weight
+        self.clear()
+        return values
+
+
+def peak_memory_gib() -> float:
+    """The largest amount of memory that this process has held: GPU memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The latest checkpoint that `Trainer` finished writing, or `None`. Transformers' own `get_last_checkpoint` may
+    return one that a killed process was still writing, from which resuming fails."""
+    for folder in reversed(sort_checkpoints(str(output_dir))):
+        try:
+            json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())  # `Trainer` writes this file last
+            return folder
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{folder} is incomplete and is skipped.")
+    return None
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Makes a data worker ignore signals that go to all processes of a run: its data are needed for the last step.
+
+    The worker obeys only the SIGTERM of the trainer, which ends its workers so.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_trainers_signal, daemon=True).start()
+
+
+def _wait_for_the_trainers_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
