@@ -35,7 +35,11 @@ fork = multiprocessing.get_context("fork")
 
 def _child(folder: Path, options: dict[str, Any], environment: dict[str, str], max_file_size: int | None) -> None:
     os.setsid()
-    import faulthandler; global FH; FH=open(str(folder)+".fault"+environment.get("RANK","x"),"w"); faulthandler.enable(FH)
+    import faulthandler
+
+    global FH
+    FH = open(str(folder) + ".fault" + environment.get("RANK", "x"), "w")
+    faulthandler.enable(FH)
     folder.mkdir(parents=True, exist_ok=True)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -143,6 +147,8 @@ def test_two_sharded_processes_end_with_the_weights_of_one_and_resume(unbroken: 
     assert train_in_two_processes(tmp_path, fsdp=True, events=None) == [0, 0], output(tmp_path)
     averaged, expected = load_file(tmp_path / "ema.safetensors"), load_file(unbroken / "ema.safetensors")
     assert_equal_but_for_rounding(averaged, expected)
+    config = json.loads((tmp_path / f"checkpoint-{NUM_STEPS}/config.json").read_text())
+    assert config["architectures"] == ["TDDForImageClassification"] and "FSDP" not in str(config)
     shutil.rmtree(tmp_path / f"checkpoint-{NUM_STEPS}")  # as if it had been killed after step 18
     assert train_in_two_processes(tmp_path, fsdp=True, events=None) == [0, 0], output(tmp_path)
     assert f"Resuming from {tmp_path}/checkpoint-18" in output(tmp_path)

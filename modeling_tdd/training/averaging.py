@@ -60,7 +60,9 @@ class AveragedAdamW(torch.optim.AdamW):
         self.train()
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         # The average starts at the weights before the first step. AdamW wants to fill an empty state itself.
-        initial = {p: p.clone() for weights in trained for p in weights if "other_weights" not in self.state.get(p, {})}
+        initial = {
+            p: p.clone() for weights in trained for p in weights if "other_weights" not in self.state.get(p, {})
+        }
         loss = super().step(closure)
         for p, weights in initial.items():
             self.state[p]["other_weights"] = weights

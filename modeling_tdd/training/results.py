@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -60,6 +63,19 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextmanager
+def plain_class(model: nn.Module) -> Iterator[None]:
+    """Gives a model its own class while it is saved. FSDP2 puts another one in its place, whose name and code would be
+    saved as those of the model."""
+    sharded = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = sharded.__bases__[1]
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
 def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,
@@ -71,7 +87,8 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(temporary, state_dict=state_dict)
+        with plain_class(model):
+            model.save_pretrained(temporary, state_dict=state_dict)
         processor.save_pretrained(temporary)
         temporary.chmod(0o755)
         if folder.exists():

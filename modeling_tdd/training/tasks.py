@@ -22,8 +22,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
 from ..configuration_tdd import TDDConfig
+from ..evaluation import load_metric
 from ..evaluation.baselines import AutoregressiveCaptioner, nearest_captions
-from ..evaluation.metrics import load_metric
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from ..processing_tdd import TDDProcessor
 from .batches import (
@@ -122,7 +122,9 @@ def make_classification(recipe: Recipe, method: str) -> Task:
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
-    model, new_modules = start_model(TDDForImageClassification, recipe, fields, ["connector", "denoiser", "classifier"])
+    model, new_modules = start_model(
+        TDDForImageClassification, recipe, fields, ["connector", "denoiser", "classifier"]
+    )
     image_processor = load_image_processor(recipe)
     # Without augmentation the image processor makes the training views too.
     transform = build_train_transform(recipe.augmentation, image_processor)
@@ -197,12 +199,10 @@ def cache_splits(
     are those of augmented ones."""
     cached = {}
     for split, rows in splits.items():
-        is_augmented = split == recipe.data.train_split and recipe.feature_views > 1
-        views = [
-            AugmentedViews(recipe.augmentation, image_processor, view) if is_augmented else image_processor
-            for view in range(1, recipe.feature_views + 1 if is_augmented else 2)
-        ]
-        cached[split] = cache_features(model, views, rows, folder / split)
+        views: Any = image_processor
+        if split == recipe.data.train_split and recipe.feature_views > 1:
+            views = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
+        cached[split] = cache_features(model, views, rows, folder)
     return cached
 
 
@@ -213,9 +213,11 @@ def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
     task = make_captioning(replace(recipe, feature_views=1), "tdd", feature_folder)
     train = task.train_data
     captions = [texts[0] for texts in train["captions"]]
+    train_features = torch.from_numpy(np.stack(train["image_features"][:]))
     scores = []
     for split, rows in task.eval_data.items():
-        predictions = nearest_captions(stack_features(rows), stack_features(train), captions)
+        features = torch.from_numpy(np.stack(rows["image_features"][:]))
+        predictions = nearest_captions(features, train_features, captions)
         scores.append({"split": split, **task.metrics[split].score(predictions)})
     return scores
 
@@ -226,8 +228,9 @@ class CaptionMetrics:
 
     def __init__(self, processor: TDDProcessor, references: Sequence[Sequence[str]], train_captions: list[str]):
         self.processor = processor
-        self.references = references
-        self.train_captions = train_captions
+        self.references = list(references)
+        self.metric = load_metric("caption_match")
+        self.seen = self.metric.seen_bigrams(train_captions)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         pad = self.processor.tokenizer.pad_token_id
@@ -236,9 +239,7 @@ class CaptionMetrics:
         return self.score(captions)
 
     def score(self, captions: list[str]) -> dict[str, float]:
-        return load_metric("caption_match").compute(
-            predictions=captions, references=list(self.references), train_captions=self.train_captions
-        )
+        return self.metric.compute(predictions=captions, references=self.references, seen=self.seen)
 
 
 # ---- Encoder
@@ -287,7 +288,8 @@ def make_encoder(recipe: Recipe) -> Task:
 
 def word_scores(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of a [`WordClassifier`]."""
-    return load_metric("word_scores").compute(predictions=prediction.predictions, references=prediction.label_ids)
+    probabilities = 1 / (1 + np.exp(-prediction.predictions))
+    return load_metric("word_scores").compute(predictions=probabilities, references=prediction.label_ids)
 
 
 # ---- What the tasks share

@@ -26,6 +26,7 @@ from .callbacks import (
     last_complete_checkpoint,
     leave_signals_to_the_trainer,
 )
+from .results import plain_class
 
 
 class TDDTrainer(Trainer):
@@ -174,6 +175,10 @@ class TDDTrainer(Trainer):
         """Saves the average of the weights. In a checkpoint the optimiser's state then holds the weights that train."""
         self._hold_average()
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with plain_class(self.model):
+            super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
