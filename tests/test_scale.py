@@ -20,11 +20,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import is_tensorboard_available
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from torch.utils.data.sampler import BatchSampler
 
 from modeling_tdd.loss_tdd import sum_by_timestep
-from modeling_tdd.training.seeding import EpochSampler, SeededDataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -119,35 +116,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---- Batches and seeds
-
-
-def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
-    sampler = EpochSampler(num_rows=35, batch_size=8, seed=3)
-    first = list(sampler)
-    rows = [row for _, _, row in first]
-    assert len(sampler) == len(first) == 32 and len(set(rows)) == 32 and set(rows) <= set(range(35))
-    assert [place for _, place, _ in first] == list(range(32)) and list(sampler) == first
-    sampler.set_epoch(1)
-    assert [row for _, _, row in sampler] != rows
-    # The first epoch of seed 4 differs from the second epoch of seed 3. A sum of seed and epoch would make them equal.
-    assert [row for _, _, row in EpochSampler(35, 8, seed=4)] != [row for _, _, row in sampler]
-
-
-def test_what_a_batch_draws_depends_only_on_its_place():
-    def batches(num_workers: int, skip: int = 0) -> list[torch.Tensor]:
-        sampler = BatchSampler(EpochSampler(64, 16, seed=0), batch_size=4, drop_last=True)
-        batch_sampler = list(sampler)[skip:]
-        data = SeededDataset(tiny_training.Images(64), seed=0)
-        loader = DataLoader(
-            data, batch_sampler=batch_sampler, collate_fn=tiny_training.collate, num_workers=num_workers
-        )
-        return [batch["pixel_values"] for batch in loader]
-
-    expected = batches(num_workers=0)
-    assert not any(a.equal(b) for a, b in zip(expected, expected[1:]))
-    assert all(a.equal(b) for a, b in zip(batches(num_workers=2), expected))
-    assert all(a.equal(b) for a, b in zip(batches(num_workers=0, skip=5), expected[5:]))
+# ---- Loss by timestep
 
 
 def test_losses_are_summed_by_tenths_of_the_timesteps():

@@ -27,23 +27,20 @@ ORDER, DATA, MODEL = range(3)
 
 
 def seed_for(*key: int) -> int:
-    """A 32-bit seed made of several numbers. Keys that differ in one number give unrelated seeds."""
+    """A 32-bit seed made of several numbers. Keys of one length that differ in a number give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 class TrainingRows(Dataset):
     r"""
-    The rows of an epoch in the order of training, for a loader that reads them from the first to the last.
-
-    Before each batch the seeds of Python, NumPy and PyTorch are set. So what reading and collating draw (crops, erased
-    boxes, one of several captions) depends only on seed, epoch and the batch's place in the epoch. A resumed run draws
-    what the unbroken one would have drawn, with any number of data workers.
+    The rows of an epoch in the order of training, for a loader that reads them from the first to the last. Before each
+    batch the seeds of Python, NumPy and PyTorch are set. So what reading and collating draw (crops, one of several
+    captions) depends only on seed, epoch and the batch's place in the epoch, with any number of data workers.
 
     Args:
         rows (`Sequence`): A data set or a list. Its `__getitems__` is used if there is one.
         seed (`int`): Seed of the run.
-        multiple_of (`int`): Number of images of an optimiser step over all processes. An incomplete last step is left
-            out.
+        multiple_of (`int`): Images of an optimiser step over all processes. An incomplete last step is left out.
 
     Raises:
         `ValueError`: if there are fewer rows than one step needs.
@@ -73,8 +70,8 @@ class TrainingRows(Dataset):
             self.order_epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
         set_seed(seed_for(self.seed, DATA, epoch, indices[0]))
         numbers = [self.order[index] for index in indices]
-        read_rows = getattr(self.rows, "__getitems__", None)
-        return read_rows(numbers) if read_rows is not None else [self.rows[number] for number in numbers]
+        many = hasattr(self.rows, "__getitems__")
+        return self.rows.__getitems__(numbers) if many else [self.rows[number] for number in numbers]
 
 
 # ---- Augmentation

@@ -36,7 +36,7 @@ class ImageData:
     Args:
         path (`str`): The first argument of `load_dataset`: `"parquet"`, `"imagefolder"`, `"webdataset"` or an id.
         data_files (`dict`, *optional*): Files of each split. Relative paths start at the recipe's folder.
-        data_dir (`str`, *optional*): Folder of the data. A relative path starts at the recipe's folder.
+        data_dir (`str`, *optional*): Folder of the data, likewise.
         train_split (`str`): Name of the training split.
         eval_splits (`list[str]`): Names of the splits to evaluate on. The first is also evaluated during training.
         eval_share (`float`): Share of the training split to hold out as the only evaluation split, which is called
@@ -45,10 +45,9 @@ class ImageData:
         on_bad_example (`str`): What happens to an example with an unreadable image, a missing label or an empty
             caption: `"skip"` leaves it out and reports it, `"raise"` raises an error.
         num_proc (`int`, *optional*): Number of processes that look for bad examples in data that are not streamed.
-        streaming (`bool`): Whether the training split is read shard by shard during training. The evaluation splits
-            are read whole, and `datasets` caches them on disk.
-        num_examples (`int`, *optional*): Size of the training split. It is needed for a stream that does not know its
-            size, and by `scripts/estimate.py`, which reads no data.
+        streaming (`bool`): Whether the training split is read shard by shard during training.
+        num_examples (`int`, *optional*): Size of the training split, for a stream that does not know it and
+            `scripts/estimate.py`.
         shuffle_buffer (`int`): Number of streamed examples, not yet decoded, that each worker shuffles together.
     """
 
@@ -74,21 +73,17 @@ class ImageData:
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"`data.eval_share` must be in [0, 1), got {self.eval_share}.")
         if self.eval_share and (self.streaming or self.train_split == "validation"):
-            raise ValueError(
-                "`data.eval_share` needs `data.streaming` off and another training split than 'validation'."
-            )
+            raise ValueError("`data.eval_share` needs `data.streaming=false` and no `data.train_split=validation`.")
 
 
 @dataclass
 class LabelData(ImageData):
     r"""
-    Which images and labels to learn from: anything that `datasets.load_dataset` reads, or scikit-learn's digits
-    (`path` is `"digits"`).
+    Images and labels. Besides, `path` may be `"digits"`, those of scikit-learn.
 
     Args:
         label_column (`str`): Name of the column of labels. `json.label` is the key `label` of a column `json`.
-        num_labels (`int`, *optional*): Number of labels. It is needed where the column holds plain integers, and by
-            `scripts/estimate.py`, which reads no data.
+        num_labels (`int`, *optional*): Number of labels, for plain integers and `scripts/estimate.py`.
     """
 
     label_column: str = "label"
@@ -98,12 +93,11 @@ class LabelData(ImageData):
 @dataclass
 class CaptionData(ImageData):
     r"""
-    Which images and captions to learn from: anything that `datasets.load_dataset` reads, or COCO 2017 as published
-    (`path` is `"coco"`, and `data_dir` is the folder that holds `annotations/`).
+    Images and captions. Besides, `path` may be `"coco"`: COCO 2017 as published, with `annotations/` in `data_dir`.
 
     Args:
-        caption_column (`str`): Name of the column of captions, which holds a string or a list of strings per image.
-            `json.caption` is the key `caption` of a column `json`.
+        caption_column (`str`): Name of the column of captions, a string or a list of strings per image. `json.caption`
+            is the key `caption` of a column `json`.
         lower_case (`bool`): Whether to lower-case the captions.
     """
 
@@ -124,7 +118,7 @@ def load_labels(data: LabelData) -> tuple[dict[str, Dataset | ImageStream], list
             split has no valid example, or, with `on_bad_example="raise"`, if there is a bad one. The message names it.
     """
     splits = _open_splits(data, data.label_column, "label")
-    feature = _features(splits[data.train_split])["label"]
+    feature = splits[data.train_split].features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else list(map(str, range(data.num_labels or 0)))
     if not names or "int" not in getattr(feature, "dtype", ""):
         raise ValueError(
@@ -138,7 +132,7 @@ def load_captions(data: CaptionData) -> dict[str, Dataset | ImageStream]:
     """As [`load_labels`], with the columns `image` and `captions`, a list of at least one string."""
     splits = _open_splits(data, data.caption_column, "captions")
     for rows in splits.values():
-        feature = _features(rows)["captions"]
+        feature = rows.features["captions"]
         if getattr(feature, "feature", feature) not in (Value("string"), Value("large_string"), Value("null")):
             raise ValueError(
                 f"The column {data.caption_column!r} must hold strings or lists of strings, got {feature}."
@@ -202,10 +196,6 @@ def _copy_key(row: Row, source: str) -> Row:
     return {source: (row[parent] or {}).get(key)}
 
 
-def _features(rows: Dataset | Shards) -> Features:
-    return rows.features if isinstance(rows, Dataset) else rows.rows.features
-
-
 def _read_splits(data: ImageData, splits: dict[str, Dataset | Shards], read: ReadExample) -> dict[str, Any]:
     """Makes a stream of the training split, if it is to be one, and checks the rows of the others."""
     results = {}
@@ -214,7 +204,7 @@ def _read_splits(data: ImageData, splits: dict[str, Dataset | Shards], read: Rea
             rows = _shards_of_table(rows) if isinstance(rows, Dataset) else rows
             results[split] = ImageStream(rows, read, data.num_examples, data.shuffle_buffer, data.on_bad_example)
         else:
-            rows = rows if isinstance(rows, Dataset) else rows.to_table(list(_features(rows)))
+            rows = rows if isinstance(rows, Dataset) else rows.to_table(list(rows.features))
             results[split] = drop_bad_examples(rows, read, split, data.on_bad_example, data.num_proc)
     if data.eval_share:
         parts = results[data.train_split].train_test_split(test_size=data.eval_share, seed=0)

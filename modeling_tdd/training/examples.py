@@ -17,10 +17,7 @@ Row = dict[str, Any]  # an undecoded `image`, and a `label` or `captions`
 Example = dict[str, Any]  # the same, checked, with a PIL image or with `image_features`
 Batch = dict[str, Tensor]
 ReadExample = Callable[[Row], Example]
-
 MAX_NAMED = 10  # number of bad examples that are named; others are counted
-
-_IMAGE = Image()
 
 
 class BadExample(ValueError):
@@ -32,7 +29,7 @@ def read_image(image: Row | None) -> PILImage.Image:
     if not image or (image.get("bytes") is None and image.get("path") is None):
         raise BadExample("no image")
     try:
-        picture = _IMAGE.decode_example(image)
+        picture = Image().decode_example(image)
         picture.load()  # opening reads only the header: decoding shows whether the file is truncated
         return picture
     except Exception as error:  # Pillow's decoders raise errors of many types
@@ -85,19 +82,11 @@ def name_place(place: str, row: Row) -> str:
 def drop_bad_examples(
     data: Dataset, read: ReadExample, split: str, on_bad_example: str = "skip", num_proc: int | None = None
 ) -> Dataset:
-    r"""
-    Leaves out and reports the rows that `read` rejects. All rows are checked once, before training. So row numbers are
-    stable, as cached features need, all processes see the same rows, and `datasets` caches the result.
+    """Leaves out and reports the rows that `read` rejects, and replaces `label` or `captions` by what it returns.
 
-    Args:
-        data (`Dataset`): A data set with an undecoded `image` and one more column, `label` or `captions`.
-        read ([`ReadLabelled`] or [`ReadCaptioned`]): Rejects rows, and gives new contents of the other column.
-        split (`str`): Name of the split, for messages.
-        on_bad_example (`str`, *optional*, defaults to `"skip"`): `"skip"`, or `"raise"` to raise an error.
-        num_proc (`int`, *optional*): Number of processes that decode the images.
-
-    Raises:
-        `ValueError`: if all rows are rejected or, with `on_bad_example="raise"`, at least one is.
+    All rows are checked once, before training. So row numbers are stable, as cached features need, all processes see
+    the same rows, and `datasets` caches the result. Raises a `ValueError` if all rows are rejected or, with
+    `on_bad_example="raise"`, at least one is.
     """
     (column,) = set(data.column_names) - {"image"}
     feature = List(Value("string")) if column == "captions" else data.features[column]

@@ -46,12 +46,10 @@ def cache_features(
     batch_size: int = 64,
 ) -> Dataset:
     r"""
-    Puts the encoder's features, the `pooler_output` of [`TDDModel.get_image_features`], in the place of images.
-
-    They are written to a file of `folder`, whose name is a hash of all that determines them: encoder, image processor
-    or augmentation, and images. If there is such a file, it is read. Files of other encoders stay. Neither images nor
-    features have to fit into memory. If there are several processes, let the first one write the file
-    (`accelerator.main_process_first()`).
+    Puts the encoder's features, the `pooler_output` of [`TDDModel.get_image_features`], in the place of images. They
+    are read from a file of `folder`, whose name is a hash of all that determines them: encoder, image processor or
+    augmentation, and images. If it is missing or broken, it is made. Files of other encoders stay. Neither images nor
+    features have to fit into memory. If there are several processes, let the first one write the file.
 
     Args:
         model ([`TDDModel`]): The model whose encoder is used, on any device.
@@ -59,7 +57,7 @@ def cache_features(
             depend only on their number and that of the row: the seeds of Python, NumPy and PyTorch are set.
         dataset (`Dataset`): A data set with columns `image` and `captions`.
         folder (`str` or `Path`): Folder of the files.
-        batch_size (`int`, *optional*, defaults to 64): Number of images that are read at once.
+        batch_size (`int`): Number of images that are encoded at once.
 
     Returns:
         `Dataset`: rows with `captions` and `image_features`, an array of `np.float16` of shape `(num_tokens, width)`,

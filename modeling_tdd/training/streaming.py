@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
@@ -30,6 +30,10 @@ class Shards(NamedTuple):
     names: list[str]
     fingerprint: str
     num_examples: int | None
+
+    @property
+    def features(self) -> Features:
+        return self.rows.features
 
     def read(self, shards: Iterable[int], report: Callable[[Place, str], None]) -> Iterator[tuple[Place, Row]]:
         """Yields the rows of some shards. After a broken shard has been reported, the next one is read."""
@@ -52,26 +56,24 @@ class Shards(NamedTuple):
             yield from (row for _, row in islice(rows, num_rows))
 
         fingerprint = Hasher.hash([self.fingerprint, columns, num_rows])
-        return Dataset.from_generator(generate, features=selected.rows.features, fingerprint=fingerprint)
+        return Dataset.from_generator(generate, features=selected.features, fingerprint=fingerprint)
 
 
 class ImageStream(IterableDataset):
     r"""
-    The training examples of one process, which its data workers read.
+    The training examples of one process, which its data workers read. Each worker of each process is a reader.
 
-    Each worker of each process is a reader. If there are at least as many shards as readers, each shard has one reader
-    in an epoch. Otherwise each reader takes every n-th example. A reader that has read its share before the end of the
-    epoch starts it again, so that no process has to wait for another one.
-
-    Which examples come, and what their augmentation draws, depends only on seed, epoch, process and worker: the seeds
-    of Python, NumPy and PyTorch are set before the first example of each batch.
+    If there are at least as many shards as readers, each shard has one reader in an epoch. Otherwise each reader takes
+    every n-th example. A reader that has read its share before the end of the epoch starts it again, so that no
+    process has to wait for another one. Which examples come, and what their augmentation draws, depends only on seed,
+    epoch, process and worker: the seeds of Python, NumPy and PyTorch are set before the first example of each batch.
 
     Args:
         shards ([`Shards`]): The split, with the columns `image`, not decoded, and `label` or `captions`.
         read ([`ReadLabelled`] or [`ReadCaptioned`]): Makes an example of a row, or says why the row is rejected.
-        num_examples (`int`, *optional*): Size of the split. It is needed where the shards do not say it.
-        shuffle_buffer (`int`, *optional*, defaults to 1000): Number of rows, not decoded, that a reader shuffles.
-        on_bad_example (`str`, *optional*, defaults to `"skip"`): `"skip"`, or `"raise"` to raise an error.
+        num_examples (`int`, *optional*): Size of the split, where the shards do not say it.
+        shuffle_buffer (`int`): Number of rows, not decoded, that a reader shuffles.
+        on_bad_example (`str`): `"skip"`, or `"raise"` to raise an error.
 
     Raises:
         `ValueError`: if the size is not known; during reading, if all examples of a reader are bad or, with
@@ -99,12 +101,8 @@ class ImageStream(IterableDataset):
     def configure(
         self, seed: int, batch_size: int, batches_per_epoch: int, process_index: int = 0, num_processes: int = 1
     ) -> None:
-        """Sets the number of device batches of this process in an epoch, and their size. This must happen before a
-        `DataLoader` is made, which needs the same `batch_size` and `drop_last=True`.
-
-        Raises:
-            `ValueError`: if there is no whole batch.
-        """
+        """Sets the number of device batches of this process in an epoch, and their size, before a `DataLoader` is
+        made. That needs the same `batch_size` and `drop_last=True`. Raises a `ValueError` if there is no batch."""
         if batches_per_epoch < 1:
             raise ValueError(f"There are only {self.num_examples} images, too few for the batch size.")
         self.seed, self.batch_size, self.batches_per_epoch = seed, batch_size, batches_per_epoch
@@ -153,7 +151,7 @@ class ImageStream(IterableDataset):
         is_shared = len(order) < num_readers
         rows = self.shards.read(order if is_shared else order[reader::num_readers], self._report)
         rows = islice(rows, reader, None, num_readers) if is_shared else rows
-        generator = np.random.default_rng(seed_for(self.seed, ORDER, epoch, reader, reading))
+        generator = np.random.default_rng(seed_for(self.seed, ORDER, epoch, reader + 1, reading))
         buffer = list(islice(rows, self.shuffle_buffer))
         for row in rows:
             place = generator.integers(len(buffer))
