@@ -302,7 +302,9 @@ def test_a_cache_that_is_not_whole_is_replaced(encoder, processor, pictures, tmp
     assert list(tmp_path.iterdir()) == []
     expected = stack(cache_features(encoder, processor, pictures, tmp_path, batch_size=1))
     whole = file.read_bytes()
-    for broken in (b"", b"something else", whole[:-100], whole[: len(whole) // 2]):
+    cache_features(encoder, processor, pictures.select([0, 1]), tmp_path / "short")
+    short = next((tmp_path / "short").iterdir()).read_bytes()
+    for broken in (b"", b"something else", whole[:-100], whole[: len(whole) // 2], short):
         file.write_bytes(broken)
         assert stack(cache_features(encoder, processor, pictures, tmp_path)).equal(expected)
 
