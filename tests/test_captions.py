@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from samples import VL_ENRICHED_FEATURES
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageProcessor
@@ -25,9 +26,10 @@ from modeling_tdd.evaluation.captions import (
     stutter_share,
     token_f1,
 )
-from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.batches import Augmentation
+from modeling_tdd.training.data import CaptionData, load_captions
 from modeling_tdd.training.features import AugmentedViews, cache_features, features_fingerprint
-from modeling_tdd.training.recipe import AugmentationRecipe, CaptionDataRecipe, load_recipe
+from modeling_tdd.training.recipe import load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
@@ -59,7 +61,7 @@ def test_a_recipe_says_its_task(tmp_path):
 
 
 def test_embedded_emoji_load_by_the_recipe():
-    data = load_caption_data(load_recipe(RECIPE).data)
+    data = load_captions(CaptionData(**vars(load_recipe(RECIPE).data)))
     assert {split: len(rows) for split, rows in data.items()} == {
         "train": 2000,
         "validation": 256,
@@ -86,17 +88,17 @@ def test_coco_layout(tmp_path):
         }
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/captions_{split}.json").write_text(json.dumps(content))
-    recipe = CaptionDataRecipe("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=["val2017"])
-    data = load_caption_data(recipe)
+    recipe = CaptionData("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=["val2017"])
+    data = load_captions(recipe)
     assert data["train2017"]["captions"][:] == [["A cat."], ["A dog runs.", "The dog."]]
     assert data["val2017"][1]["image"].size == (16, 16)
     undecoded = data["val2017"].cast_column("image", Image(decode=False))[0]["image"]
     assert undecoded == {"bytes": None, "path": str(tmp_path / "val2017/000000000007.jpg")}  # the images stay files
     recipe.eval_splits = ["test2017"]
-    with pytest.raises(ValueError, match="COCO has no split 'test2017' in .*; it has train2017, val2017"):
-        load_caption_data(recipe)
+    with pytest.raises(ValueError, match="`coco` has no split 'test2017'; it has train2017, val2017"):
+        load_captions(recipe)
     with pytest.raises(ValueError, match="`data.path: coco` needs `data.data_dir`"):
-        load_caption_data(CaptionDataRecipe("coco"))
+        load_captions(CaptionData("coco"))
 
 
 def test_vl_enriched_columns(tmp_path):
@@ -111,14 +113,14 @@ def test_vl_enriched_columns(tmp_path):
     }
     Dataset.from_list([row, row], features=VL_ENRICHED_FEATURES).to_parquet(tmp_path / "data.parquet")
     files = {"train": str(tmp_path / "data.parquet"), "validation": str(tmp_path / "data.parquet")}
-    recipe = CaptionDataRecipe("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
-    assert load_caption_data(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
+    recipe = CaptionData("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
+    assert load_captions(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
     recipe.caption_column = "label"
     with pytest.raises(ValueError, match="column 'label' must hold strings or lists of strings, got .*int32"):
-        load_caption_data(recipe)
+        load_captions(recipe)
     recipe.caption_column = "caption"
     with pytest.raises(ValueError, match="no column 'caption' in 'train'; it has image_id, image"):
-        load_caption_data(recipe)
+        load_captions(recipe)
 
 
 @pytest.fixture
@@ -147,10 +149,10 @@ def image_folder(tmp_path) -> Path:
 
 
 def test_bad_examples_are_skipped_counted_and_named(image_folder, caplog):
-    recipe = CaptionDataRecipe("imagefolder", data_dir=str(image_folder))
+    recipe = CaptionData("imagefolder", data_dir=str(image_folder))
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
-        data = load_caption_data(recipe)
+        data = load_captions(recipe)
     assert data["train"]["captions"][:] == [["a cat"]] and data["train"][0]["image"].size == (64, 64)
     assert data["validation"]["captions"][:] == [["a cat"], ["a dog"], ["a cow"]]
     message = next(record.getMessage() for record in caplog.records if "'train'" in record.getMessage())
@@ -162,10 +164,10 @@ def test_bad_examples_are_skipped_counted_and_named(image_folder, caplog):
 
 def test_bad_examples_stop_when_asked_or_when_nothing_is_left(image_folder):
     with pytest.raises(ValueError, match="4 of 5 examples of 'train' are bad: row .*"):
-        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder), on_bad_example="raise"))
+        load_captions(CaptionData("imagefolder", data_dir=str(image_folder), on_bad_example="raise"))
     (image_folder / "train/good.png").write_bytes(b"")
     with pytest.raises(ValueError, match="5 of 5 examples of 'train' are bad"):
-        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder)))
+        load_captions(CaptionData("imagefolder", data_dir=str(image_folder)))
 
 
 # ---- Tokenizer
@@ -223,42 +225,48 @@ def processor() -> ViTImageProcessor:
 
 @pytest.fixture
 def pictures() -> Dataset:
-    images = {"image": [picture(shade) for shade in range(0, 250, 50)]}
-    return Dataset.from_dict(images, features=Features({"image": Image()}))
+    """Pictures of noise, and their numbers as captions."""
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(5)]
+    columns = {"image": images, "captions": [[str(number)] for number in range(5)]}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "captions": List(Value("string"))}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path, dtype):
+def stack(rows: Dataset) -> torch.Tensor:
+    return torch.from_numpy(np.stack([row["image_features"] for row in rows]))
+
+
+def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path):
     pixel_values = processor([row["image"] for row in pictures], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = encoder.eval().get_image_features(pixel_values).pooler_output
     encoder.train()
     for _ in range(2):  # made, then read
-        features = cache_features(encoder, processor, pictures, tmp_path / "deep/f.safetensors", 2, dtype)
-        assert features.shape == (5, 17, 32) and features.dtype == dtype and encoder.training
-        torch.testing.assert_close(features.float(), expected, atol=1e-6 if dtype == torch.float32 else 5e-3, rtol=0)
-    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["f.safetensors"]
+        rows = cache_features(encoder, processor, pictures, tmp_path / "deep", batch_size=2)
+        features = stack(rows)
+        assert features.shape == (5, 17, 32) and features.dtype == torch.float16 and encoder.training
+        torch.testing.assert_close(features.float(), expected, atol=5e-3, rtol=0)
+        assert [row["captions"] for row in rows.__getitems__([4, 2])] == [["4"], ["2"]] == rows["captions"][4:1:-2]
+    assert len(list((tmp_path / "deep").iterdir())) == 1
 
 
 def test_a_cache_is_read_only_where_nothing_changed(encoder, processor, pictures, tmp_path, monkeypatch):
-    path = tmp_path / "features.safetensors"
-    first = cache_features(encoder, processor, pictures, path)
+    first = stack(cache_features(encoder, processor, pictures, tmp_path))
     encode = TDDModel.get_image_features
     monkeypatch.setattr(TDDModel, "get_image_features", lambda *_: pytest.fail("read from disc, not encoded"))
-    assert cache_features(encoder, processor, pictures, path).equal(first)
+    assert stack(cache_features(encoder, processor, pictures, tmp_path)).equal(first)
 
-    fingerprints = {features_fingerprint(encoder, processor, pictures, torch.float16)}
-    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float32))
-    fingerprints.add(features_fingerprint(encoder, processor, pictures.select([1, 0, 2, 3, 4]), torch.float16))
     bright = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3)
-    fingerprints.add(features_fingerprint(encoder, bright, pictures, torch.float16))
+    views = [AugmentedViews(Augmentation(hflip=p), processor, n) for p, n in [(0.1, 1), (0.1, 2), (0.2, 2)]]
+    fingerprints = {features_fingerprint(encoder, each, pictures) for each in [processor, bright, *views]}
+    fingerprints.add(features_fingerprint(encoder, processor, pictures.select([1, 0, 2, 3, 4])))
     with torch.no_grad():
         next(encoder.encoder.parameters()).add_(0.5)
-    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float16))
-    assert len(fingerprints) == 5
+    fingerprints.add(features_fingerprint(encoder, processor, pictures))
+    assert len(fingerprints) == 7
 
     monkeypatch.setattr(TDDModel, "get_image_features", encode)
-    assert not cache_features(encoder, processor, pictures, path).equal(first)
+    assert not stack(cache_features(encoder, processor, pictures, tmp_path)).equal(first)
 
 
 def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, processor, pictures, tmp_path):
@@ -270,38 +278,35 @@ def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, proces
             tmp_path / name, pooling=None, vocab_size=9, hidden_size=32, num_attention_heads=2
         )
         loaded_processor = AutoImageProcessor.from_pretrained(tmp_path / name)
-        fingerprints.add(features_fingerprint(again, loaded_processor, pictures, torch.float16))
+        fingerprints.add(features_fingerprint(again, loaded_processor, pictures))
     assert len(fingerprints) == 1
 
 
-def test_views_are_augmented_and_apart(encoder, processor, tmp_path):
-    images = [PILImage.effect_noise((16, 16), 90).convert("RGB") for _ in range(3)]
-    noise = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
-    recipe = AugmentationRecipe(scale=(0.3, 0.6))
-    views = [AugmentedViews(recipe, processor, view) for view in (0, 1)]
-    plain = cache_features(encoder, processor, noise, tmp_path / "plain.safetensors")
-    first, second = (
-        cache_features(encoder, view, noise, tmp_path / f"{i}.safetensors") for i, view in enumerate(views)
-    )
-    assert first.shape == plain.shape and not first.equal(plain) and not first.equal(second)
-    assert cache_features(encoder, views[0], noise, tmp_path / "0.safetensors").equal(first)
-    assert features_fingerprint(encoder, views[0], noise, torch.float16) != features_fingerprint(
-        encoder, views[1], noise, torch.float16
-    )
+def test_views_are_augmented_and_depend_on_their_row_alone(encoder, processor, pictures, tmp_path):
+    views = AugmentedViews(Augmentation(scale=(0.3, 0.6)), processor, num_views=2)
+    plain = stack(cache_features(encoder, processor, pictures, tmp_path))
+    features = stack(cache_features(encoder, views, pictures, tmp_path / "views"))
+    assert features.shape == (5, 2, 17, 32)
+    assert not features[:, 0].equal(features[:, 1]) and not features[:, 0].equal(plain)
+    assert (tmp_path / "views").exists()
+    torch.manual_seed(9)
+    again = stack(cache_features(encoder, views, pictures.select(range(3)), tmp_path / "again", batch_size=2))
+    torch.testing.assert_close(again, features[:3], atol=5e-3, rtol=0)
 
 
-def test_a_failed_or_foreign_cache_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):
-    path = tmp_path / "features.safetensors"
-    path.write_text("something else")
+def test_a_cache_that_is_not_whole_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):
+    file = tmp_path / f"features-{features_fingerprint(encoder, processor, pictures)}.arrow"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(TDDModel, "get_image_features", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
-        cache_features(encoder, processor, pictures, path)
-    assert path.read_text() == "something else" and len(list(tmp_path.iterdir())) == 1
-    assert cache_features(encoder, processor, pictures, path).shape == (5, 17, 32)
-    with pytest.raises(ValueError, match="`dtype` must be one of torch.float16, torch.float32, got torch.int8"):
-        cache_features(encoder, processor, pictures, path, dtype=torch.int8)
-    with pytest.raises(ValueError, match="at least one image"):
-        cache_features(encoder, processor, pictures.select([]), path)
+        cache_features(encoder, processor, pictures, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    expected = stack(cache_features(encoder, processor, pictures, tmp_path, batch_size=1))
+    whole = file.read_bytes()
+    cache_features(encoder, processor, pictures.select([0, 1]), tmp_path / "short")
+    short = next((tmp_path / "short").iterdir()).read_bytes()
+    for broken in (b"", b"something else", whole[:-100], whole[: len(whole) // 2], short):
+        file.write_bytes(broken)
+        assert stack(cache_features(encoder, processor, pictures, tmp_path)).equal(expected)
 
 
 # ---- Metrics
@@ -357,7 +362,7 @@ def test_coco_metrics():
 
 
 def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
-    data = load_caption_data(load_recipe(RECIPE).data)
+    data = load_captions(load_recipe(RECIPE).data)
     few = tmp_path / "few.parquet"
     data["train"].select(range(64)).to_parquet(few)
     files = [f"data.data_files.{split}={few}" for split in ("train", "validation", "test_combo", "test_vendor")]

@@ -14,16 +14,10 @@ from transformers import ViTImageProcessor, pipeline
 
 import modeling_tdd  # noqa: F401 - registers the Auto classes
 from modeling_tdd import TDDConfig
+from modeling_tdd.training.batches import build_mixup, build_train_transform
 from modeling_tdd.training.cli import recipe_method
-from modeling_tdd.training.data import (
-    EvalCollator,
-    TrainCollator,
-    build_mixup,
-    build_train_transform,
-    load_classification_data,
-)
 from modeling_tdd.training.loop import make_accelerator, make_loader, prepare_training, update_ema
-from modeling_tdd.training.recipe import AugmentationRecipe, DataRecipe, TrainingRecipe, load_recipe
+from modeling_tdd.training.recipe import TrainingRecipe, load_recipe
 from modeling_tdd.training.results import mean_and_spread, save_checkpoint, write_json
 
 
@@ -171,64 +165,12 @@ def test_the_method_follows_from_the_recipe(model):
         recipe_method({**model, "corruption": "blur"})
 
 
-# ---- Data
-
-
-def test_digits_are_split_evenly_by_class():
-    train, held_out, names = load_classification_data(DataRecipe(path="digits"))
-    assert (len(train), len(held_out), names) == (1437, 360, [str(digit) for digit in range(10)])
-    counts = torch.bincount(torch.tensor(held_out["label"]))
-    assert counts.min() >= 34 and counts.max() <= 37
-    assert train[0]["image"].size == (8, 8)
-
-
-def test_embedded_emoji_load_by_the_recipe():
-    train, held_out, names = load_classification_data(load_recipe(ROOT / "scripts/recipes/emoji_subgroups.yaml").data)
-    assert (len(train), len(held_out), len(names)) == (2000, 256, 98)
-    assert set(train.column_names) == {"image", "label"}
-
-
-def test_missing_split_or_column_is_named():
-    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
-        load_classification_data(DataRecipe(path="digits", eval_split="test"))
-    with pytest.raises(ValueError, match="no column 'digit' in 'train'; it has image, label"):
-        load_classification_data(DataRecipe(path="digits", label_column="digit"))
+# ---- Loop and results
 
 
 @pytest.fixture
 def processor():
     return ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True)
-
-
-@pytest.fixture
-def examples():
-    return [{"image": PILImage.new("L", (12, 10), color=20 * i), "label": i % 3} for i in range(8)]
-
-
-def test_evaluation_batches_are_what_the_saved_processor_makes(processor, examples):
-    batch = EvalCollator(processor)(examples)
-    expected = processor([example["image"].convert("RGB") for example in examples], return_tensors="pt").pixel_values
-    assert batch["pixel_values"].equal(expected) and batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-
-
-def test_without_augmentation_training_batches_equal_evaluation_batches(processor):
-    images = [PILImage.new("RGB", (8, 8), color=(30 * i, 10, 200)) for i in range(4)]
-    examples = [{"image": image, "label": 0} for image in images]
-    transform = build_train_transform(AugmentationRecipe(), processor)
-    train, held_out = TrainCollator(transform)(examples), EvalCollator(processor)(examples)
-    torch.testing.assert_close(train["pixel_values"], held_out["pixel_values"])
-
-
-def test_mixup_gives_probabilities(processor, examples):
-    recipe = AugmentationRecipe(mixup_alpha=0.8, cutmix_alpha=1.0)
-    collate = TrainCollator(build_train_transform(recipe, processor), build_mixup(recipe, num_labels=3))
-    labels = collate(examples)["labels"]
-    assert labels.shape == (8, 3)
-    torch.testing.assert_close(labels.sum(-1), torch.ones(8))
-    assert (labels.max(-1).values < 1).any()
-
-
-# ---- Loop and results
 
 
 def test_batch_size_is_reached_by_accumulation():
