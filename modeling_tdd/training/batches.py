@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,7 +102,10 @@ class Augmentation:
 
 
 def build_train_transform(augmentation: Augmentation, image_processor: BaseImageProcessor) -> Transform:
-    """timm's training transform for a PIL image, with the normalisation of the image processor."""
+    """timm's training transform for a PIL image, with the normalisation of the image processor. Without any
+    augmentation it is the image processor itself."""
+    if augmentation == Augmentation():
+        return partial(_process, image_processor=image_processor)
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
     names = ("scale", "ratio", "hflip", "auto_augment", "re_prob", "re_mode", "re_count")
@@ -114,6 +118,10 @@ def build_train_transform(augmentation: Augmentation, image_processor: BaseImage
         std=tuple(image_processor.image_std),
         **{name: getattr(augmentation, name) for name in names},
     )
+
+
+def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def build_mixup(augmentation: Augmentation, num_labels: int) -> Mixup | None:

@@ -137,7 +137,7 @@ class TDDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint, if there is one.
-        Afterwards the model holds the average of its weights, and `stop.signal` says whether a signal ended the run."""
+        Afterwards the model holds the average of its weights, and `stop.signal` is the signal that ended the run."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -172,7 +172,7 @@ class TDDTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
-        """Saves the average of the weights. In a checkpoint the optimiser's state then holds the weights that train."""
+        """Saves the average of the weights. In a checkpoint the optimiser's state holds the weights that train."""
         self._hold_average()
         super().save_model(output_dir, _internal_call)
 
