@@ -139,7 +139,7 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
     weightings = [name for name in WEIGHTINGS if any(getattr(line, name) is not None for line in lines[metrics[0]])]
     header = ["method", "schedule", *(name.replace("_", " ") for name in weightings), "guidance", "metric"]
     header += [f"{count} step{'s' * (count > 1)}" for count in steps]
-    header += [f"{steps[-1]} less {steps[0]}"] if steps else []
+    header += [f"{steps[-1]} less {steps[0]}"] if len(steps) > 1 else []
     header += ["without steps"] if None in counts else []
     rows = []
     for line in lines[metrics[0]]:
@@ -149,7 +149,7 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
             row = [line.method, line.noise_schedule or "", *(getattr(line, name) or "" for name in weightings)]
             row += [guidance, metric]
             row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
-            if steps:
+            if len(steps) > 1:
                 iterated = steps[0] in scores and steps[-1] in scores
                 gains = [last - first for last, first in zip(scores[steps[-1]], scores[steps[0]])] if iterated else []
                 row.append(mean_and_spread(gains) if gains else "")
