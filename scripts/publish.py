@@ -7,21 +7,14 @@ with other seeds or methods, go into the card's tables and plot. Needs matplotli
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-import modeling_tdd  # noqa: F401 - registers TDD with the Auto classes
+from modeling_tdd.evaluation.scoring import load_checkpoint
 from modeling_tdd.evaluation.step_curves import plot_scores
 from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, read_runs, without_machine_paths
 
@@ -39,20 +32,6 @@ def parse_args() -> argparse.Namespace:
     if args.repo_id is None and not args.dry_run:
         parser.error("--repo-id is needed to upload; --dry-run writes the card alone")
     return args
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    is_captioner = architecture == "TDDForCaptioning"
-    auto_class = AutoModelForImageTextToText if is_captioner else AutoModelForImageClassification
-    return auto_class.from_pretrained(folder, dtype="auto")
-
-
-def save_checkpoint(folder: Path, model: PreTrainedModel, target: Path) -> None:
-    """Saves the model and the processor of `folder` to `target`, with the code of this version."""
-    model.save_pretrained(target)
-    auto_class = AutoProcessor if model.can_generate() else AutoImageProcessor
-    auto_class.from_pretrained(folder).save_pretrained(target)
 
 
 def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -> None:
@@ -84,13 +63,14 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
 
 def main() -> None:
     args = parse_args()
-    model = load_model(args.folder)
+    model, processor = load_checkpoint(args.folder)
     if args.dry_run:
         write_card(args, model, args.folder)
         print(f"Wrote {args.folder / CARD_FILE} and {args.folder / PLOT_FILE}; nothing was uploaded.")
         return
     with tempfile.TemporaryDirectory() as target:
-        save_checkpoint(args.folder, model, Path(target))
+        model.save_pretrained(target)  # with the code of this version
+        processor.save_pretrained(target)
         write_card(args, model, Path(target))
         print(f"Published {upload(Path(target), args.repo_id, args.private)}")
 
