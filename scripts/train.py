@@ -5,8 +5,8 @@
     python scripts/train.py scripts/recipes/finetune.yaml --set checkpoint=checkpoints/digits data.path=digits
     accelerate launch --config_file scripts/accelerate/ddp_8gpu_bf16.yaml scripts/train.py RECIPE
 
-Each pair of a method and a seed is a run with its own folder. A repeated command does what is missing: it resumes a run
-from its last checkpoint, and leaves finished runs alone. `ar` is an autoregressive captioner of the same size, and
+Each pair of a method and a seed is a run with its own folder. A repeated command does what is missing: it resumes a
+run from its last checkpoint, and leaves finished runs alone. `ar` is an autoregressive captioner of the same size, and
 `nearest` takes the caption of the most similar training picture.
 """
 
@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from modeling_tdd.evaluation.step_curves import METRICS, read_results, score_table, splits_of
+from modeling_tdd.evaluation.step_curves import read_results, score_tables
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.lora import add_lora
 from modeling_tdd.training.recipe import Recipe, load_recipe
@@ -90,14 +90,13 @@ def make_trainer(recipe: Recipe, task: Task, args: TDDTrainingArguments) -> TDDT
 
 def score(trainer: TDDTrainer, task: Task, recipe: Recipe, method: str) -> list[dict[str, Any]]:
     """The scores of each evaluation split: at all settings of the recipe, if the method has steps."""
+    trainer.compute_metrics = None  # that of the first split
     scores = []
     has_steps = method == "tdd" or (method == "mdd" and recipe.task == "captioning")
     for index, (split, rows) in enumerate(task.eval_data.items()):
-        trainer.compute_metrics = task.metrics[split]
         for settings in recipe.evaluation.grid(index == 0) if has_steps else [{}]:
-            values = trainer.evaluate(rows, settings, metric_key_prefix=split)
-            values = {name: values[f"{split}_{name}"] for name in METRICS if f"{split}_{name}" in values}
-            scores.append({"split": split, **settings, **values})
+            predictions = trainer.predict(rows, settings)
+            scores.append({"split": split, **settings, **task.metrics[split](predictions)})
     return scores
 
 
@@ -126,10 +125,9 @@ def main() -> None:
         else:
             run(recipe, method, seed, folder, args.restart)
     if state.is_main_process:
-        results = read_results(folders.values())
-        tables = [f"### {split}\n\n{score_table(results, split)}" for split in splits_of(results)]
-        (output_dir / "results.md").write_text("\n\n".join(tables) + "\n")
-        print(f"\nScores in %, {len(args.seeds)} seed(s):\n\n" + "\n\n".join(tables))
+        tables = score_tables(read_results(folders.values()))
+        (output_dir / "results.md").write_text(tables + "\n")
+        print(f"\nScores in %, {len(args.seeds)} seed(s):\n\n{tables}")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,6 @@ fork = multiprocessing.get_context("fork")
 
 def _child(folder: Path, options: dict[str, Any], environment: dict[str, str], max_file_size: int | None) -> None:
     os.setsid()
-    import faulthandler
-
-    global FH
-    FH = open(str(folder) + ".fault" + environment.get("RANK", "x"), "w")
-    faulthandler.enable(FH)
     folder.mkdir(parents=True, exist_ok=True)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

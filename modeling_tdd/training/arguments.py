@@ -17,23 +17,20 @@ logger = logging.get_logger(__name__)
 @dataclass
 class TDDTrainingArguments(TrainingArguments):
     r"""
-    The settings of [`TDDTrainer`]. All of `TrainingArguments` are there. Some have another default here:
-    `lr_scheduler_type="cosine"`, `max_grad_norm=3.0` (the paper's), `logging_steps=50`, `save_total_limit=2`,
-    `report_to="tensorboard"` where it is installed, and persistent data workers.
+    The settings of [`TDDTrainer`]: all of `TrainingArguments`, some with another default, and these.
 
     Args:
         batch_size (`int`, *optional*):
-            Images per optimiser step, over all processes and accumulation steps. It takes the place of
-            `per_device_train_batch_size` and `gradient_accumulation_steps`, which follow from it and from the number of
-            processes.
+            Images per optimiser step, over all processes and accumulation steps. `per_device_train_batch_size` and
+            `gradient_accumulation_steps` follow from it and from the number of processes.
         device_batch_size (`int`, *optional*):
             With `batch_size`: images that fit on a device at once. By default a step is not accumulated.
         base_learning_rate (`float`, *optional*):
             With `batch_size`: the learning rate at a batch size of 256. It takes the place of `learning_rate`, which
             scales linearly with the batch size (Goyal et al., 2017).
         mixed_precision (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` trains in bf16 where the hardware is fast at it, unless `bf16` or `fp16` is given. `"no"`, `"bf16"`
-            and `"fp16"` are as in Accelerate.
+            `"auto"` trains in bf16 where the hardware is fast at it, unless `bf16` or `fp16` is given. `"no"`,
+            `"bf16"` and `"fp16"` are as in Accelerate.
         ema_decay (`float`, *optional*, defaults to 0.9999):
             Decay of the moving average of the weights, in [0, 1). The average is what is evaluated and saved. 0 keeps
             no average.
@@ -51,6 +48,7 @@ class TDDTrainingArguments(TrainingArguments):
 
     lr_scheduler_type: SchedulerType | str = "cosine"
     max_grad_norm: float = 3.0
+    per_device_eval_batch_size: int = 64
     logging_steps: float = 50
     save_total_limit: int | None = 2
     remove_unused_columns: bool | None = False  # the collators read images, which are no arguments of `forward`

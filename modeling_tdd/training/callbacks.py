@@ -16,7 +16,7 @@ from accelerate.utils import reduce, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
@@ -174,6 +174,16 @@ class MeterCallback(TrainerCallback):
                     values[f"loss_by_timestep/{tenth}"] = loss / weight
         self.clear()
         return values
+
+
+class ShortProgressCallback(ProgressCallback):
+    """The progress bar, whose lines leave out the losses by timestep: they are in the log and in the trackers."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        logs = {name: value for name, value in logs.items() if not name.startswith("loss_by_timestep")}
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def peak_memory_gib() -> float:

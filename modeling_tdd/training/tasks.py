@@ -245,13 +245,19 @@ class CaptionMetrics:
 # ---- Encoder
 
 
-class WordClassifier(nn.Module):
-    """An encoder with a linear head on its mean token. Each word is an independent binary decision."""
+class WordClassifier(TDDPreTrainedModel):
+    """An encoder with a linear head on its mean token. Each word is an independent binary decision.
+
+    Args:
+        config ([`TDDConfig`]): A configuration whose labels are words.
+        frequencies (`torch.Tensor` of shape `(num_words,)`): The share of images that have each word.
+    """
 
     def __init__(self, config: TDDConfig, frequencies: Tensor):
-        super().__init__()
+        super().__init__(config)
         self.model = TDDModel(config, add_denoiser=False)
-        self.head = nn.Linear(self.model.encoder_hidden_size, len(frequencies))
+        self.head = nn.Linear(self.model.encoder_hidden_size, config.num_labels)
+        self.post_init()
         nn.init.zeros_(self.head.weight)
         # Most words are rare. With another bias the first epochs would only learn the frequencies.
         self.head.bias.data.copy_(torch.logit(frequencies))
@@ -268,7 +274,8 @@ def make_encoder(recipe: Recipe) -> Task:
     splits = load_captions(recipe.data)
     train = splits[recipe.data.train_split]
     counts = count_words(train["captions"], MIN_WORD_COUNT)
-    model = WordClassifier(TDDConfig(**recipe.model), torch.tensor(list(counts.values())) / len(train))
+    config = TDDConfig(**recipe.model, id2label=dict(enumerate(counts)))
+    model = WordClassifier(config, torch.tensor(list(counts.values())) / len(train))
     model.to(memory_format=torch.channels_last)  # convolutions are a tenth faster
     image_processor = load_image_processor(recipe)
     transform = build_train_transform(recipe.augmentation, image_processor)
@@ -303,16 +310,16 @@ def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
 def start_model(
     model_class: type[TDDPreTrainedModel], recipe: Recipe, fields: dict[str, Any], new_modules: list[str]
 ) -> tuple[TDDPreTrainedModel, list[str]]:
-    """The model of a checkpoint, on a pretrained encoder, or with random weights; and the names of its modules that are
-    new in a pretrained model."""
+    """The model of a checkpoint, on a pretrained encoder, or with random weights; and the names of its modules that
+    are new in a pretrained model."""
     if recipe.checkpoint is not None:
         config = TDDConfig.from_pretrained(recipe.checkpoint)
         labels = fields.get("id2label")
         if labels is None or len(labels) == config.num_labels:
             return model_class.from_pretrained(recipe.checkpoint, **fields), []
         logger.warning(
-            f"{recipe.checkpoint} has {config.num_labels} labels, but the data have {len(labels)}: the label embedding "
-            "and the classifier are initialised anew."
+            f"{recipe.checkpoint} has {config.num_labels} labels, but the data have {len(labels)}: the label "
+            "embedding and the classifier are initialised anew."
         )
         model = model_class.from_pretrained(recipe.checkpoint, ignore_mismatched_sizes=True, **fields)
         return model, ["token_embedding", "classifier"]

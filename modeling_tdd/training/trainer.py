@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput
 
 from .arguments import TDDTrainingArguments
 from .averaging import AveragedAdamW
@@ -22,6 +22,7 @@ from .callbacks import (
     FiniteStepsCallback,
     MeterCallback,
     SeedCallback,
+    ShortProgressCallback,
     StopCallback,
     last_complete_checkpoint,
     leave_signals_to_the_trainer,
@@ -75,6 +76,8 @@ class TDDTrainer(Trainer):
                 raise ValueError(f"`optim` must be 'adamw_torch' to average the weights, got {args.optim.value!r}.")
             kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, self._optimizer_settings(args))
         super().__init__(model, args, callbacks=[*(callbacks or []), *ours], **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
         self.settings: dict[str, Any] = {}
 
@@ -126,6 +129,9 @@ class TDDTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training_collator
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self.meter.start = time.perf_counter()
@@ -199,12 +205,12 @@ class TDDTrainer(Trainer):
 
     # ---- Evaluation
 
-    def evaluate(self, eval_dataset: Any = None, settings: dict[str, Any] | None = None, **kwargs: Any) -> dict:
+    def predict(self, test_dataset: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> PredictionOutput:
         """As in `Trainer`; `settings` are arguments of the model's `generate` or, for a classifier, of its `forward`,
         such as `num_inference_steps`."""
         self.settings = settings or {}
         try:
-            return super().evaluate(eval_dataset, **kwargs)
+            return super().predict(test_dataset, **kwargs)
         finally:
             self.settings = {}
 
