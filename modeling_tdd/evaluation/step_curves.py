@@ -148,14 +148,12 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
             scores = lines[metric][line]
             row = [line.method, line.noise_schedule or "", *(getattr(line, name) or "" for name in weightings)]
             row += [guidance, metric]
-            row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
+            columns = [scores.get(count, []) for count in steps]
             if len(steps) > 1:
-                iterated = steps[0] in scores and steps[-1] in scores
-                gains = [last - first for last, first in zip(scores[steps[-1]], scores[steps[0]])] if iterated else []
-                row.append(mean_and_spread(gains) if gains else "")
+                columns.append([last - first for last, first in zip(columns[-1], columns[0])])
             if None in counts:
-                row.append(mean_and_spread(scores[None]) if None in scores else "")
-            rows.append(row)
+                columns.append(scores.get(None, []))
+            rows.append([*row, *map(mean_and_spread, columns)])
     return markdown_table(header, rows)
 
 

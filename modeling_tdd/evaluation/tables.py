@@ -12,7 +12,9 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """`"97.53 ± 0.21"`: [`mean_and_deviation`] as text. A single value has no deviation."""
+    """`"97.53 ± 0.21"`: [`mean_and_deviation`] as text. A single value has no deviation, and no value is empty."""
+    if not values:
+        return ""
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {deviation:.2f}"
 
