@@ -15,8 +15,10 @@ import torch
 from accelerate.utils import reduce, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Args
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
@@ -36,25 +38,18 @@ class SeedCallback(TrainerCallback):
     def __init__(self):
         self.substep = 0
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: DataLoader | None = None,
-        **kwargs: Any,
-    ) -> None:
-        train_dataloader.dataset.set_epoch(int(state.epoch))
+    def on_epoch_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.substep = 0
         self._seed(args, state)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_substep_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.substep += 1
         self._seed(args, state)
 
-    def _seed(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _seed(self, args: Args, state: State) -> None:
         # The device batches of a step go to the processes in turn
         place = (state.global_step * args.gradient_accumulation_steps + self.substep) * args.world_size
         set_seed(seed_for(args.seed, MODEL, place + args.process_index))
@@ -74,18 +69,12 @@ class FiniteStepsCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__, self.state())
         vars(self).update(saved["attributes"])
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        model: nn.Module = kwargs["model"]
         # Gradients have been averaged over the processes, so that all decide alike. Optimisers leave weights without
         # a gradient as they are.
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -95,11 +84,9 @@ class FiniteStepsCallback(TrainerCallback, ExportableState):
         model.zero_grad(set_to_none=True)
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row > args.max_skipped_steps:
-            last = last_complete_checkpoint(args.output_dir)
             raise FloatingPointError(
                 f"The loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-                f"{state.global_step + 1}. "
-                + (f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint.")
+                f"{state.global_step + 1}. {describe_last_checkpoint(args.output_dir)}"
             )
 
 
@@ -116,18 +103,18 @@ class StopCallback(TrainerCallback):
         self.signal: int | None = None
         self.previous: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.signal = None
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
             self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         number = int(reduce(torch.tensor(self.signal or 0, device=args.device), "max"))
         if number:
             self.signal = number
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self._restore_handlers()
 
     def _note(self, number: int, frame: Any) -> None:
@@ -152,7 +139,7 @@ class MeterCallback(TrainerCallback):
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
         self.loss_sums: torch.Tensor | None = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.steps += 1
         self.seconds += time.perf_counter() - self.start
 
@@ -161,12 +148,19 @@ class MeterCallback(TrainerCallback):
         loss_sums = loss_sums.detach().float()
         self.loss_sums = loss_sums if self.loss_sums is None else self.loss_sums + loss_sums
 
+    @staticmethod
+    def _peak_memory() -> int:
+        """The largest number of bytes that this process has held: of a GPU, or resident memory."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
     def values(self, batch_size: int) -> dict[str, float]:
         """The values of a line of the log, and starts the next line. All processes must call it."""
         values = {
             "images_per_second": self.steps * batch_size / max(self.seconds, 1e-9),
             "data_wait_share": self.wait / max(self.seconds, 1e-9),
-            "memory_gib": peak_memory_gib(),
+            "memory_gib": self._peak_memory() / 2**30,
         }
         if self.loss_sums is not None:
             for tenth, (loss, weight) in enumerate(reduce(self.loss_sums, "sum").tolist()):
@@ -179,19 +173,9 @@ class MeterCallback(TrainerCallback):
 class ShortProgressCallback(ProgressCallback):
     """The progress bar, whose lines leave out the losses by timestep: they are in the log and in the trackers."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Args, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
         logs = {name: value for name, value in logs.items() if not name.startswith("loss_by_timestep")}
         super().on_log(args, state, control, logs=logs, **kwargs)
-
-
-def peak_memory_gib() -> float:
-    """The largest amount of memory that this process has held: GPU memory on a GPU, resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -204,6 +188,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, json.JSONDecodeError):
             logger.warning(f"{folder} is incomplete and is skipped.")
     return None
+
+
+def describe_last_checkpoint(output_dir: str | Path) -> str:
+    last = last_complete_checkpoint(output_dir)
+    return f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint."
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

@@ -24,21 +24,15 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-# The settings of a run that may differ when it is resumed
-FREE_SETTINGS = ("cpu_threads", "eval_", "save_", "logging_", "report_to", "dataloader_", "max_skipped")
+# Fields of `training` that may differ between a run and its resumption, by how their names begin
+FREE_SETTINGS = ("cpu_threads", "dataloader_", "eval_", "logging_", "max_skipped", "report_to", "save_")
 
 
 def check_same_run(file: Path, run: dict[str, Any]) -> None:
-    r"""
-    Writes a run's settings to `file` when it starts, and compares them when it is resumed.
-
-    Raises:
-        `ValueError`: if the run was started with other settings. The message names them.
-    """
-    settings = json.loads(json.dumps(_flatten(run)))  # as JSON reads them back: a tuple is a list
+    """Writes a run's settings to `file` when it starts. Raises a `ValueError` if it is resumed with other ones."""
+    settings = _flatten(json.loads(json.dumps(run)))  # as JSON reads them back: a tuple is a list
     if not file.exists():
-        write_json(file, settings)
-        return
+        return write_json(file, settings)
     started = json.loads(file.read_text())
     differences = [
         f"{name} was {started.get(name)}, is {settings.get(name)}"
@@ -57,16 +51,17 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key.startswith("recipe.evaluation") or key.removeprefix("recipe.training.").startswith(FREE_SETTINGS):
-            continue
-        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{key}.")
+        elif not key.startswith("recipe.evaluation") and not name.startswith(FREE_SETTINGS):
+            flat[key] = value
     return flat
 
 
 @contextmanager
 def plain_class(model: nn.Module) -> Iterator[None]:
-    """Gives a model its own class while it is saved. FSDP2 puts another one in its place, whose name and code would be
-    saved as those of the model."""
+    """Gives a model its own class while it is saved: FSDP2 puts one in its place that would be saved as the model's
+    architecture."""
     sharded = type(model)
     if isinstance(model, FSDPModule):
         model.__class__ = sharded.__bases__[1]

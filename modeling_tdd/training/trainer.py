@@ -24,6 +24,7 @@ from .callbacks import (
     SeedCallback,
     ShortProgressCallback,
     StopCallback,
+    describe_last_checkpoint,
     last_complete_checkpoint,
     leave_signals_to_the_trainer,
 )
@@ -193,10 +194,9 @@ class TDDTrainer(Trainer):
             output_dir, step = Path(self.args.output_dir), self.state.global_step
             free = shutil.disk_usage(output_dir).free / 2**20
             shutil.rmtree(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            last = last_complete_checkpoint(output_dir)
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {output_dir}, where {free:.1f} MiB were free: "
-                f"{error}. " + (f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint.")
+                f"{error}. {describe_last_checkpoint(output_dir)}"
             ) from error
 
     def _hold_average(self) -> None:
