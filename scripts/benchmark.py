@@ -6,7 +6,6 @@ Alternatives take turns within each repeat, so that whatever else the machine do
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -15,8 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_tdd import TDDConfig, TDDForCaptioning
 
@@ -50,13 +51,11 @@ def time_in_turns(runs: Runs, repeats: int, clock: Callable[[], float]) -> dict[
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """The peak of the resident memory, in MiB, of a forked child that makes one call. It starts with its parent's."""
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status != 0:
-        raise RuntimeError(f"The child that measures memory ended with status {status}.")
-    return usage.ru_maxrss / 1024
+    """MiB of PyTorch's tensors at the peak of a call, beyond those from before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
 
 
 def step_jobs() -> dict[str, Runs]:
@@ -113,8 +112,7 @@ def main() -> None:
             baseline, candidate = seconds.values()
             results.append({"job": job, "seconds": seconds, "ratio": candidate / baseline})
             if benchmark == "step":
-                idle = peak_memory(lambda: None)
-                results[-1]["mebibytes"] = {name: peak_memory(run) - idle for name, run in runs.items()}
+                results[-1]["mebibytes"] = {name: peak_memory(run) for name, run in runs.items()}
     setting = {"threads": 1, "torch": torch.__version__, "machine": platform.machine()}
     print(json.dumps({"setting": setting, "results": results}, indent=2))
 

@@ -124,10 +124,8 @@ def main() -> None:
         print("this machine: measured now, in float32")
     else:
         rate = peak / 3
-        print(
-            f"{devices} x {name}: {rate / 1e12:.0f} TFLOP/s each, a third of the peak (assumed, not measured), while"
-        )
-        print("communication, waiting for data and updates of the weights take no time (assumed)")
+        print(f"{devices} x {name}: {rate / 1e12:.0f} TFLOP/s each, a third of the peak (assumed, not measured).")
+        print("Communication, waiting for data and updates of the weights are assumed to take no time.")
     print_time(recipe, cost, images, devices, rate)
 
 

@@ -60,8 +60,13 @@ class StepCost:
 
 
 def training_cost(model: Model, image_size: tuple[int, int], dtype: torch.dtype = torch.float32) -> StepCost:
-    """Counts operations and memory of a training step with views of `image_size` (height, width), under autocast to
-    `dtype`. The weights are not read: the model may be on the meta device. A frozen encoder's features count as cached.
+    r"""
+    Counts operations and memory of a training step. The features of a frozen encoder count as cached.
+
+    Args:
+        model ([`TDDForImageClassification`] or [`TDDForCaptioning`]): The model, which may be on the meta device.
+        image_size (`tuple[int, int]`): Height and width of the training views.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): That of autocast, for the activations' memory.
     """
     with torch.device("meta"):
         copy = type(model)(deepcopy(model.config)).eval()
