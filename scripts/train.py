@@ -24,7 +24,7 @@ from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.lora import add_lora
 from modeling_tdd.training.recipe import Recipe, load_recipe
 from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
-from modeling_tdd.training.tasks import Task, make_task, methods_of, score_nearest
+from modeling_tdd.training.tasks import Task, has_steps, make_task, methods_of, score_nearest
 from modeling_tdd.training.trainer import TDDTrainer
 
 
@@ -64,7 +64,9 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> 
     scores = score(trainer, task, recipe, method)
     weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered, where they are sharded
     if args.process_index == 0:
-        save_checkpoint(folder, task.saved, task.processor, weights if task.saved is task.model else None)
+        prefix = next(f"{name}." for name, module in task.model.named_modules() if module is task.saved).lstrip(".")
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        save_checkpoint(folder, task.saved, task.processor, weights)
         trainer.save_state()
         write_json(folder / "result.json", {**result, "scores": scores})
     trainer.accelerator.wait_for_everyone()
@@ -92,11 +94,10 @@ def score(trainer: TDDTrainer, task: Task, recipe: Recipe, method: str) -> list[
     """The scores of each evaluation split: at all settings of the recipe, if the method has steps."""
     trainer.compute_metrics = None  # that of the first split
     scores = []
-    has_steps = method == "tdd" or (method == "mdd" and recipe.task == "captioning")
     for index, (split, rows) in enumerate(task.eval_data.items()):
-        for settings in recipe.evaluation.grid(index == 0) if has_steps else [{}]:
-            predictions = trainer.predict(rows, settings)
-            scores.append({"split": split, **settings, **task.metrics[split](predictions)})
+        for settings in recipe.evaluation.grid(index == 0) if has_steps(recipe, method) else [{}]:
+            trainer.settings = settings
+            scores.append({"split": split, **settings, **task.metrics[split](trainer.predict(rows))})
     return scores
 
 

@@ -4,7 +4,7 @@
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -16,29 +16,20 @@ from .lora import LoraRecipe
 
 @dataclass
 class EvaluationRecipe:
-    r"""
-    The settings of the final table: all pairs of a number of denoising steps and a guidance scale.
+    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none).
 
-    Args:
-        num_inference_steps (`list[int]`): Numbers of steps to compare.
-        guidance_scale (`list[float]`): Guidance scales to compare. 1.0 means no guidance.
-        test_inference_steps (`list[int]`, *optional*):
-            Numbers of steps for all splits but the first. Settings are chosen on the first split, so that only it
-            needs all of them. By default these are `num_inference_steps` too.
+    Settings are chosen on the first split, so that only it needs all numbers of steps: other splits have
+    `test_inference_steps`, if they are given.
     """
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])
     test_inference_steps: list[int] | None = None
 
-    def grid(self, is_first_split: bool = True) -> list[dict[str, Any]]:
+    def grid(self, is_first_split: bool) -> list[dict[str, Any]]:
         """The settings of each cell of a split's table, as arguments of the model."""
-        test_steps = None if is_first_split else self.test_inference_steps
-        return [
-            {"num_inference_steps": steps, "guidance_scale": scale}
-            for scale in self.guidance_scale
-            for steps in test_steps or self.num_inference_steps
-        ]
+        counts = self.num_inference_steps if is_first_split else self.test_inference_steps or self.num_inference_steps
+        return [{"num_inference_steps": n, "guidance_scale": scale} for scale in self.guidance_scale for n in counts]
 
 
 @dataclass
@@ -57,8 +48,8 @@ class Recipe:
             processor. With `model.freeze_encoder` a captioner's features are computed once.
         image_processor (`dict`): Arguments of `ViTImageProcessor`, where neither a checkpoint nor an encoder has one.
         tokenizer (`dict`): Arguments of [`train_tokenizer`], for a captioner without a checkpoint.
-        feature_views (`int`): For a captioner with a frozen encoder: number of augmented views of each training
-            picture whose features are cached.
+        feature_views (`int`): Number of augmented views of each training picture whose features a captioner with a
+            frozen encoder caches.
         lora ([`LoraRecipe`], *optional*): Trains adapters instead of all weights.
         augmentation ([`Augmentation`]): How training views differ from the images.
         training (`dict`): Fields of [`TDDTrainingArguments`].
@@ -84,24 +75,21 @@ class Recipe:
             raise ValueError(f"Give `checkpoint` or `encoder`, got {self.checkpoint} and {self.encoder}.")
         if self.image_processor and (self.checkpoint or self.encoder):
             raise ValueError("`image_processor` must be empty: the checkpoint or the encoder brings its own.")
-        if self.checkpoint is not None and self.tokenizer:
+        if self.tokenizer and self.checkpoint:
             raise ValueError("`tokenizer` must be empty: the checkpoint brings its own.")
-        frozen = self.task == "captioning" and self.model.get("freeze_encoder", False)
-        if self.feature_views != 1 and not frozen:
-            raise ValueError(f"`feature_views` needs `model.freeze_encoder` of a captioner, got {self.feature_views}.")
-        if self.task == "encoder" and (self.data.streaming or self.lora or self.checkpoint or self.encoder):
-            raise ValueError("An encoder learns from nothing: no `streaming`, `lora`, `checkpoint` or `encoder`.")
+        if self.feature_views != 1 and not self.model.get("freeze_encoder"):
+            raise ValueError(f"`feature_views` needs `model.freeze_encoder`, got {self.feature_views}.")
         _check_keys("training", self.training, [f.name for f in fields(TDDTrainingArguments) if f.init])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-# The type of `data` and the sections that a task does not have
+# What `data` is for each task, and the sections that the task does not have
 TASKS: dict[str, tuple[type, tuple[str, ...]]] = {
     "classification": (LabelData, ("tokenizer", "feature_views")),
     "captioning": (CaptionData, ()),
-    "encoder": (CaptionData, ("tokenizer", "feature_views", "lora", "checkpoint", "encoder", "evaluation")),
+    "encoder": (CaptionData, ("checkpoint", "encoder", "tokenizer", "feature_views", "lora", "evaluation")),
 }
 
 
@@ -121,10 +109,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Args:
         path (`str` or `Path`):
             A YAML file with the sections of [`Recipe`]. Its key `base` names another recipe, whose sections it changes
-            key by key; a relative path starts at the recipe's folder, as do relative paths of data.
+            key by key. Relative paths of the base and of the data start at the recipe's folder.
         overrides (`list[str]`, *optional*):
-            Changes such as `"training.num_train_epochs=5"` or `"model.vision_config.num_hidden_layers=2"`. Values are
-            YAML.
+            Changes such as `"training.num_train_epochs=5"`. Values are YAML. Paths start at the working directory.
 
     Raises:
         `ValueError`: for an unknown task, section or key, a missing section or key, an override that is not
@@ -134,7 +121,6 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     tree = _load_tree(path, ())
     for override in overrides or []:
         _apply_override(tree, override)
-    # Paths of overrides start at the working directory.
     _anchor_files(tree, Path.cwd())
     task = tree.get("task", "classification")
     if task not in TASKS:
@@ -143,9 +129,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     _check_keys("recipe", tree, [f.name for f in fields(Recipe) if f.name not in ("name", *excluded)])
     if "data" not in tree:
         raise ValueError(f"{path} lacks the section `data`.")
-    types = {**get_type_hints(Recipe), "data": data_type, "lora": LoraRecipe}
-    sections = {name: _read_section(path, name, values, types[name]) for name, values in tree.items()}
-    return Recipe(name=path.stem, **sections)
+    types = {"data": data_type, "lora": LoraRecipe, "augmentation": Augmentation, "evaluation": EvaluationRecipe}
+    return Recipe(name=path.stem, **{name: _read(name, values, types.get(name)) for name, values in tree.items()})
 
 
 def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
@@ -164,11 +149,15 @@ def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
 
 def _anchor_files(tree: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths of a recipe's data start at `folder`."""
+
+    def anchor(file: str) -> str:
+        return file if "://" in file else str((folder / file).resolve())
+
     data = tree.get("data") or {}
     if data.get("data_files"):
-        data["data_files"] = {split: _from_folder(folder, file) for split, file in data["data_files"].items()}
+        data["data_files"] = {split: anchor(file) for split, file in data["data_files"].items()}
     if data.get("data_dir"):
-        data["data_dir"] = _from_folder(folder, data["data_dir"])
+        data["data_dir"] = anchor(data["data_dir"])
 
 
 def _merge(base: Any, changes: Any) -> Any:
@@ -176,23 +165,6 @@ def _merge(base: Any, changes: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     return base | {key: _merge(base.get(key), value) for key, value in changes.items()}
-
-
-def _read_section(path: Path, name: str, values: Any, section_type: Any) -> Any:
-    """Makes a section's dataclass. A section that is a plain value or dictionary is returned as it is."""
-    if not is_dataclass(section_type) or values is None:
-        return values
-    _check_keys(name, values, [f.name for f in fields(section_type)])
-    try:
-        return section_type(**values)
-    except TypeError as error:  # a required key is missing
-        raise ValueError(f"Section `{name}` of {path}: {error}.") from error
-
-
-def _check_keys(where: str, given: dict[str, Any], allowed: list[str]) -> None:
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        raise ValueError(f"Unknown keys in `{where}`: {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -205,5 +177,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = yaml.load(value, _Loader)
 
 
-def _from_folder(folder: Path, file: str) -> str:
-    return file if "://" in file else str((folder / file).resolve())
+def _read(name: str, values: Any, section_type: type | None) -> Any:
+    """Makes a section's dataclass. Plain values and dictionaries are returned as they are."""
+    if not is_dataclass(section_type) or values is None:
+        return values
+    _check_keys(name, values, [f.name for f in fields(section_type)])
+    try:
+        return section_type(**values)
+    except TypeError as error:  # a required key is missing
+        raise ValueError(f"Section `{name}`: {error}.") from error
+
+
+def _check_keys(where: str, given: dict[str, Any], allowed: list[str]) -> None:
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise ValueError(f"Unknown keys in `{where}`: {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """What differs between the tasks: the model, its processor, the data, their batches, and the metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from transformers import (
     ProcessorMixin,
     ViTImageProcessor,
 )
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
 from ..configuration_tdd import TDDConfig
-from ..evaluation import load_metric
-from ..evaluation.baselines import AutoregressiveCaptioner, nearest_captions
+from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, nearest_captions
+from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from ..processing_tdd import TDDProcessor
 from .batches import (
@@ -46,46 +45,28 @@ CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
 MIN_WORD_COUNT = 2  # an encoder learns the words that occur in so many training captions
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
+Collator = Callable[[list[Any]], dict[str, Tensor]]
 
 
 @dataclass
 class Task:
-    r"""
-    What [`TDDTrainer`] needs of a task.
-
-    Args:
-        model (`nn.Module`): The model to train.
-        saved (`PreTrainedModel`): The part of it that is saved.
-        processor: What is saved beside it.
-        train_data (`Dataset` or [`ImageStream`]): The training examples.
-        eval_data (`dict`): The examples of each evaluation split.
-        collator, eval_collator (`Callable`): Make batches for training and evaluation.
-        metrics (`dict`): `compute_metrics` of each split.
-        main_metric (`str`): The metric to watch and to choose settings by.
-        new_modules (`list[str]`): Names of modules that are initialised anew in a pretrained model.
-    """
+    """What [`TDDTrainer`] needs: the model, and the part of it that is saved, with its processor; the training data;
+    the data and the metrics of each evaluation split; collators for training and evaluation; and the names of modules
+    that are new in a pretrained model."""
 
     model: nn.Module
     saved: PreTrainedModel
     processor: BaseImageProcessor | ProcessorMixin
     train_data: Any
     eval_data: dict[str, Any]
-    collator: Callable[[list[Any]], dict[str, Tensor]]
-    eval_collator: Callable[[list[Any]], dict[str, Tensor]]
     metrics: dict[str, Metrics]
-    main_metric: str
+    collator: Collator
+    eval_collator: Collator
     new_modules: list[str] = field(default_factory=list)
 
 
 def make_task(recipe: Recipe, method: str, feature_folder: Path) -> Task:
-    r"""
-    Makes the task of a recipe.
-
-    Args:
-        recipe ([`Recipe`]): The recipe.
-        method (`str`): One of [`methods_of`].
-        feature_folder (`Path`): Where features of a frozen encoder are cached.
-    """
+    """Makes the task of a recipe for one of [`methods_of`]. Features of a frozen encoder are cached in a folder."""
     if recipe.task == "classification":
         return make_classification(recipe, method)
     if recipe.task == "captioning":
@@ -107,9 +88,14 @@ def methods_of(recipe: Recipe) -> list[str]:
         return methods[:1]
     if recipe.task == "captioning":
         methods.append("ar")
-        if recipe.encoder is not None and recipe.model.get("freeze_encoder", False) and not recipe.data.streaming:
+        if recipe.encoder is not None and is_cached(recipe):
             methods.append("nearest")
     return methods
+
+
+def has_steps(recipe: Recipe, method: str) -> bool:
+    """Whether the method denoises step by step. For one token MDD is a linear head."""
+    return method == "tdd" or (method == "mdd" and recipe.task == "captioning")
 
 
 # ---- Classification
@@ -126,28 +112,18 @@ def make_classification(recipe: Recipe, method: str) -> Task:
         TDDForImageClassification, recipe, fields, ["connector", "denoiser", "classifier"]
     )
     image_processor = load_image_processor(recipe)
-    # Without augmentation the image processor makes the training views too.
     transform = build_train_transform(recipe.augmentation, image_processor)
-    eval_data = {split: rows for split, rows in splits.items() if split != recipe.data.train_split}
     return Task(
-        model,
-        model,
-        image_processor,
-        splits[recipe.data.train_split],
-        eval_data,
-        ImageCollator(image_processor, transform, build_mixup(recipe.augmentation, len(names))),
-        ImageCollator(image_processor),
-        dict.fromkeys(eval_data, top1),
-        "top1",
-        new_modules,
+        model=model,
+        saved=model,
+        processor=image_processor,
+        train_data=splits.pop(recipe.data.train_split),
+        eval_data=splits,
+        metrics=dict.fromkeys(splits, top1),
+        collator=ImageCollator(image_processor, transform, build_mixup(recipe.augmentation, len(names))),
+        eval_collator=ImageCollator(image_processor),
+        new_modules=new_modules,
     )
-
-
-def top1(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a classifier: the share of images whose likeliest label is right."""
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return load_metric("top1").compute(predictions=logits.argmax(-1), references=prediction.label_ids)
 
 
 # ---- Captioning
@@ -155,8 +131,7 @@ def top1(prediction: EvalPrediction) -> dict[str, float]:
 
 def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits = load_captions(recipe.data)
-    train_split = recipe.data.train_split
-    texts = caption_texts(splits[train_split])
+    texts = caption_texts(splits[recipe.data.train_split])
     processor = load_processor(recipe, texts)
     fields = {
         "vocab_size": len(processor.tokenizer),
@@ -166,21 +141,25 @@ def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     }
     model_class = AutoregressiveCaptioner if method == "ar" else TDDForCaptioning
     model, new_modules = start_model(model_class, recipe, fields, ["connector", "denoiser", "lm_head"])
-    references = {split: rows["captions"] for split, rows in splits.items() if split != train_split}
-    if recipe.model.get("freeze_encoder", False) and not recipe.data.streaming:
+    if is_cached(recipe):
         splits = cache_splits(recipe, model.model, processor.image_processor, splits, feature_folder)
+    train_data = splits.pop(recipe.data.train_split)
     return Task(
-        model,
-        model,
-        processor,
-        splits[train_split],
-        {split: splits[split] for split in references},
-        CaptionCollator(processor, build_train_transform(recipe.augmentation, processor.image_processor)),
-        CaptionCollator(processor),
-        {split: CaptionMetrics(processor, captions, texts) for split, captions in references.items()},
-        "token_f1",
-        new_modules,
+        model=model,
+        saved=model,
+        processor=processor,
+        train_data=train_data,
+        eval_data=splits,
+        metrics={split: CaptionMetrics(processor, rows["captions"], texts) for split, rows in splits.items()},
+        collator=CaptionCollator(processor, build_train_transform(recipe.augmentation, processor.image_processor)),
+        eval_collator=CaptionCollator(processor),
+        new_modules=new_modules,
     )
+
+
+def is_cached(recipe: Recipe) -> bool:
+    """Whether the features of the encoder are computed once, before training."""
+    return recipe.model.get("freeze_encoder", False) and not recipe.data.streaming
 
 
 def load_processor(recipe: Recipe, texts: list[str]) -> TDDProcessor:
@@ -222,81 +201,28 @@ def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
     return scores
 
 
-class CaptionMetrics:
-    """`compute_metrics` of a captioner, of whose generated tokens it makes captions. The references are all captions
-    of an image: the `labels` are one of them, without the words that the tokenizer does not know."""
-
-    def __init__(self, processor: TDDProcessor, references: Sequence[Sequence[str]], train_captions: list[str]):
-        self.processor = processor
-        self.references = list(references)
-        self.metric = load_metric("caption_match")
-        self.seen = self.metric.seen_bigrams(train_captions)
-
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        pad = self.processor.tokenizer.pad_token_id
-        sequences = np.where(prediction.predictions < 0, pad, prediction.predictions)  # Trainer pads with -100
-        captions = self.processor.batch_decode(sequences, skip_special_tokens=True)
-        return self.score(captions)
-
-    def score(self, captions: list[str]) -> dict[str, float]:
-        return self.metric.compute(predictions=captions, references=self.references, seen=self.seen)
-
-
 # ---- Encoder
-
-
-class WordClassifier(TDDPreTrainedModel):
-    """An encoder with a linear head on its mean token. Each word is an independent binary decision.
-
-    Args:
-        config ([`TDDConfig`]): A configuration whose labels are words.
-        frequencies (`torch.Tensor` of shape `(num_words,)`): The share of images that have each word.
-    """
-
-    def __init__(self, config: TDDConfig, frequencies: Tensor):
-        super().__init__(config)
-        self.model = TDDModel(config, add_denoiser=False)
-        self.head = nn.Linear(self.model.encoder_hidden_size, config.num_labels)
-        self.post_init()
-        nn.init.zeros_(self.head.weight)
-        # Most words are rare. With another bias the first epochs would only learn the frequencies.
-        self.head.bias.data.copy_(torch.logit(frequencies))
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.head(self.model.get_image_features(pixel_values).pooler_output[:, 0])
-        loss = None
-        if labels is not None:  # a sum over the words, since a mean would be dominated by absent ones
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
-        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 def make_encoder(recipe: Recipe) -> Task:
     splits = load_captions(recipe.data)
-    train = splits[recipe.data.train_split]
-    counts = count_words(train["captions"], MIN_WORD_COUNT)
+    train_data = splits.pop(recipe.data.train_split)
+    counts = count_words(train_data["captions"], MIN_WORD_COUNT)
     config = TDDConfig(**recipe.model, id2label=dict(enumerate(counts)))
-    model = WordClassifier(config, torch.tensor(list(counts.values())) / len(train))
+    model = WordClassifier(config, torch.tensor(list(counts.values())) / len(train_data))
     model.to(memory_format=torch.channels_last)  # convolutions are a tenth faster
     image_processor = load_image_processor(recipe)
     transform = build_train_transform(recipe.augmentation, image_processor)
-    eval_data = {split: rows for split, rows in splits.items() if split != recipe.data.train_split}
     return Task(
-        model,
-        model.model.encoder,
-        image_processor,
-        train,
-        eval_data,
-        WordCollator(image_processor, list(counts), transform),
-        WordCollator(image_processor, list(counts)),
-        dict.fromkeys(eval_data, word_scores),
-        "word_map",
+        model=model,
+        saved=model.model.encoder,
+        processor=image_processor,
+        train_data=train_data,
+        eval_data=splits,
+        metrics=dict.fromkeys(splits, word_scores),
+        collator=WordCollator(image_processor, list(counts), transform),
+        eval_collator=WordCollator(image_processor, list(counts)),
     )
-
-
-def word_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a [`WordClassifier`]."""
-    probabilities = 1 / (1 + np.exp(-prediction.predictions))
-    return load_metric("word_scores").compute(predictions=probabilities, references=prediction.label_ids)
 
 
 # ---- What the tasks share

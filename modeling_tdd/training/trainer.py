@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .arguments import TDDTrainingArguments
 from .averaging import AveragedAdamW
@@ -49,6 +49,11 @@ class TDDTrainer(Trainer):
         eval_collator (`Callable`, *optional*): Makes evaluation batches. By default `data_collator`.
         callbacks, kwargs: As in `Trainer`.
 
+    Attributes:
+        settings (`dict`): Arguments of the model in evaluations, such as `num_inference_steps`: of `generate` or, for
+            a classifier, of `forward`.
+        stop ([`StopCallback`]): Its `signal` is the signal that ended the run, or `None`.
+
     Raises:
         `ValueError`: for an averaged optimiser other than AdamW, or fewer training examples than a batch.
 
@@ -75,23 +80,14 @@ class TDDTrainer(Trainer):
         if args.ema_decay > 0:
             if args.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"`optim` must be 'adamw_torch' to average the weights, got {args.optim.value!r}.")
-            kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, self._optimizer_settings(args))
+            _, settings = self.get_optimizer_cls_and_kwargs(args)
+            settings |= {"average_decay": args.ema_decay, "average_warmup": args.ema_warmup}
+            kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, settings)
         super().__init__(model, args, callbacks=[*(callbacks or []), *ours], **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
         self.settings: dict[str, Any] = {}
-
-    @staticmethod
-    def _optimizer_settings(args: TDDTrainingArguments) -> dict[str, Any]:
-        return {
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            "fused": True,
-            "average_decay": args.ema_decay,
-            "average_warmup": args.ema_warmup,
-        }
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All weights decay but biases and those of norms, as in timm."""
@@ -144,7 +140,7 @@ class TDDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint, if there is one.
-        Afterwards the model holds the average of its weights, and `stop.signal` is the signal that ended the run."""
+        Afterwards the model holds the average of its weights."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -204,15 +200,6 @@ class TDDTrainer(Trainer):
             self.optimizer.eval()
 
     # ---- Evaluation
-
-    def predict(self, test_dataset: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> PredictionOutput:
-        """As in `Trainer`; `settings` are arguments of the model's `generate` or, for a classifier, of its `forward`,
-        such as `num_inference_steps`."""
-        self.settings = settings or {}
-        try:
-            return super().predict(test_dataset, **kwargs)
-        finally:
-            self.settings = {}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
