@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Models beside TDD and MDD: an autoregressive captioner, an encoder of words, and the caption of the nearest image."""
+"""Models beside TDD and MDD: an autoregressive captioner, an encoder of words, and captions of the nearest image."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
