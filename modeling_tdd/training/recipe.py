@@ -94,7 +94,13 @@ TASKS: dict[str, tuple[type, tuple[str, ...]]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with the numbers of YAML 1.2: PyYAML reads 1e-4 as a string."""
+    """The safe loader with the numbers and truth values of YAML 1.2: PyYAML reads 1e-4 as a string, and `no` (which
+    `training.mixed_precision` may be) as `False`."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
