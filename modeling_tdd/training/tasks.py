@@ -166,6 +166,8 @@ def load_processor(recipe: Recipe, texts: list[str]) -> TDDProcessor:
     """The processor of the checkpoint; or the image processor, and a tokenizer that is trained on the captions."""
     if recipe.checkpoint is not None:
         return TDDProcessor.from_pretrained(recipe.checkpoint)
+    if "max_position_embeddings" not in recipe.model:
+        raise ValueError("The recipe of a new captioner needs `model.max_position_embeddings`, the longest caption.")
     tokenizer = train_tokenizer(texts, **recipe.tokenizer)
     tokenizer.model_max_length = recipe.model["max_position_embeddings"]
     return TDDProcessor(load_image_processor(recipe), tokenizer)
@@ -251,6 +253,8 @@ def start_model(
         return model, ["token_embedding", "classifier"]
     if recipe.encoder is not None:
         return model_class.from_encoder_pretrained(recipe.encoder, **fields), new_modules
+    if not recipe.model:
+        raise ValueError("The recipe has nothing to start from: give `checkpoint`, `encoder` or `model`.")
     return model_class(model_class.config_class(**fields)), []
 
 

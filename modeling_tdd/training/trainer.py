@@ -195,6 +195,10 @@ class TDDTrainer(Trainer):
                 f"{error}. {describe_last_checkpoint(output_dir)}"
             ) from error
 
+    def _load_best_model(self) -> None:
+        self._hold_average()  # the best weights are an average, and take the place of this one
+        super()._load_best_model()
+
     def _hold_average(self) -> None:
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
@@ -216,7 +220,9 @@ class TDDTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not callable(getattr(self.model, "generate", None)):
+        # A `PeftModel` has `generate` whatever its base model is.
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if not callable(getattr(base, "generate", None)):
             return super().prediction_step(model, {**inputs, **self.settings}, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast():
