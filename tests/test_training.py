@@ -432,27 +432,13 @@ def test_results_are_written_into_new_folders(tmp_path: Path):
 # ---- The script, as users run it
 
 
-@pytest.fixture
-def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., str]:
-    """A function that runs scripts/train.py here, with `tmp_path` as the working directory. Returns its output."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", DIGITS, *arguments])
-        capfd.readouterr()
-        script.main()
-        return capfd.readouterr().out
-
-    return run
-
-
 TWO_LAYERS = ("model.vision_config.num_hidden_layers=2", "evaluation.num_inference_steps=[1, 10]")
 
 
-def test_script_trains_compares_and_classifies(run_script: Callable, tmp_path: Path):
+def test_script_trains_compares_and_classifies(run_train: Callable, tmp_path: Path):
     settings = ("--methods", "tdd", "mdd", "--set", "training.num_train_epochs=12", "training.ema_decay=0.99")
     settings += ("training.dataloader_num_workers=0", "training.eval_strategy=no", *TWO_LAYERS)
-    output = run_script(*settings)
+    output = run_train("digits", *settings).out
     assert "batch size 64 = 64 x 1 x 1 accumulation step(s), learning rate 1e-03" in output
     assert "trainable parameters" in output and "### validation" in output
     table = (tmp_path / "outputs/digits/results.md").read_text()
@@ -479,7 +465,7 @@ def test_script_trains_compares_and_classifies(run_script: Callable, tmp_path: P
     prediction = pipeline("image-classification", model=str(folder))(str(picture), top_k=2)
     assert len(prediction) == 2 and prediction[0]["label"] in {str(digit) for digit in range(10)}
 
-    again = run_script(*settings)
+    again = run_train("digits", *settings).out
     assert again.count("is done already") == 2 and "trainable parameters" not in again
     assert (tmp_path / "outputs/digits/results.md").read_text() == table
 
@@ -500,10 +486,10 @@ SMALL = ("model.vision_config.num_hidden_layers=1", "model.num_hidden_layers=1",
 
 
 def test_an_interrupted_script_resumes_or_restarts(
-    run_script: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    run_train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     settings = ("--set", *SHORT, *SMALL)
-    run_script("--output-dir", "whole", *settings)
+    run_train("digits", "--output-dir", "whole", *settings)
     make_trainer = script.make_trainer
 
     def make_interrupted_trainer(*args: Any) -> TDDTrainer:
@@ -514,15 +500,15 @@ def test_an_interrupted_script_resumes_or_restarts(
     for folder in ("resumed", "restarted", "changed"):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(script, "make_trainer", make_interrupted_trainer)
-            run_script("--output-dir", folder, *settings)
+            run_train("digits", "--output-dir", folder, *settings)
         assert stopped.value.code == 128 + signal.SIGTERM
         checkpoint = f"{folder}/tdd-seed0-training/checkpoint-30"
         assert f"Stopped by a signal. The same command resumes from {checkpoint}." in capfd.readouterr().out
         assert (tmp_path / checkpoint).exists() and not (tmp_path / folder / "tdd-seed0").exists()
 
-    output = run_script("--output-dir", "resumed", *settings)
+    output = run_train("digits", "--output-dir", "resumed", *settings).out
     assert "Resuming from resumed/tdd-seed0-training/checkpoint-30." in output
-    assert "Resuming" not in run_script("--output-dir", "restarted", "--restart", *settings)
+    assert "Resuming" not in run_train("digits", "--output-dir", "restarted", "--restart", *settings).out
     whole = load_file(tmp_path / "whole/tdd-seed0/model.safetensors")
     for folder in ("resumed", "restarted"):
         assert_equal(load_file(tmp_path / folder / "tdd-seed0/model.safetensors"), whole)
@@ -531,14 +517,14 @@ def test_an_interrupted_script_resumes_or_restarts(
 
     settings = ("--output-dir", "changed", *settings, "training.weight_decay=0.1")
     with pytest.raises(ValueError, match="recipe.training.weight_decay was 0.05, is 0.1"):
-        run_script(*settings)
-    assert "Resuming" not in run_script("--restart", *settings)
+        run_train("digits", *settings)
+    assert "Resuming" not in run_train("digits", "--restart", *settings).out
     assert differ(load_file(tmp_path / "changed/tdd-seed0/model.safetensors"), whole)
 
 
-def test_unknown_methods_are_named(run_script: Callable):
+def test_unknown_methods_are_named(run_train: Callable):
     with pytest.raises(SystemExit, match="--methods ar gan: .*digits.yaml can train tdd, mdd"):
-        run_script("--methods", "gan", "tdd", "ar")
+        run_train("digits", "--methods", "gan", "tdd", "ar")
 
 
 def test_script_runs_in_two_processes(tmp_path: Path):
