@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTImageProcessor
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDProcessor
 from modeling_tdd.evaluation import load_metric
 from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, AutoregressiveConfig, nearest_captions
 from modeling_tdd.evaluation.step_curves import collect_scores, plot_scores, read_results, score_table
-from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.data import load_captions
 from modeling_tdd.training.recipe import load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
 
@@ -143,8 +143,8 @@ def test_save_and_load(
 
 def test_learns_eight_emoji_by_heart() -> None:
     """Real pictures and captions, features of a random frozen encoder: exact match 100 % after 100 steps."""
-    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml", task="captioning")
-    rows = load_caption_data(recipe.data)["train"][:400:50]
+    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml")
+    rows = load_captions(recipe.data)["train"][:400:50]
     captions = [captions[0] for captions in rows["captions"]]
     tokenizer = train_tokenizer(captions)
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_learns_eight_emoji_by_heart() -> None:
     assert len(set(captions)) == 8 and scores["exact_match"] == 1
 
 
-# ---- The nearest picture, and the script as users run it
+# ---- The nearest picture
 
 
 def test_nearest_captions() -> None:
@@ -193,55 +193,14 @@ def test_nearest_captions() -> None:
         nearest_captions(queries, train, ["east"])
 
 
-def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def test_script_compares_with_both_baselines(tmp_path: Path) -> None:
-    encoder = tmp_path / "encoder"
-    config = ViTConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(encoder)
-    ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(encoder)
-    few = tmp_path / "few.parquet"
-    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml", task="captioning")
-    load_caption_data(recipe.data)["train"].select(range(64)).to_parquet(few)
-    settings = [
-        f"encoder={encoder}",
-        "feature_views=2",
-        "augmentation.size=32",
-        "data.caption_column=captions",
-        f"data.data_files={{train: {few}, validation: {few}}}",
-        "data.eval_splits=[validation]",
-        "evaluation.num_inference_steps=[1, 4]",
-        *("training.epochs=2", "training.warmup_epochs=0", "training.batch_size=32"),
-        *("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64"),
-    ]
-    arguments = [str(ROOT / "scripts/recipes/emoji.yaml"), "--methods", "tdd", "ar", "nearest"]
-    done = run_script("train_captioning.py", tmp_path, *arguments, "--seeds", "3", "4", "--set", *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "outputs/emoji"
-    runs = {path.parent.name for path in folder.glob("*/result.json")}
-    assert runs == {"tdd-seed3", "tdd-seed4", "ar-seed3", "ar-seed4", "nearest-seed3"}
-    (nearest,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
-    assert (nearest["split"], nearest["exact_match"], nearest["fluent"]) == ("validation", 1, 1)  # each finds itself
-    (entry,) = json.loads((folder / "ar-seed4/result.json").read_text())["scores"]
-    assert "num_inference_steps" not in entry and 0 <= entry["token_f1"] <= 1
-    assert isinstance(AutoregressiveCaptioner.from_pretrained(folder / "ar-seed4"), AutoregressiveCaptioner)
-    header, _, tdd, *_ = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("|")]
-    columns = "method | schedule | guidance | metric | 1 step | 4 steps | 4 less 1 | without steps"
-    assert [cell.strip() for cell in header.strip("|").split("|")] == columns.split(" | ")
-    assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
-
-    done = run_script("train_captioning.py", tmp_path, *arguments, "--set", *settings, "encoder=null")
-    assert "ValueError: `nearest` needs features of a pretrained encoder for all images" in done.stderr
-
-
 # ---- The plot and its table
 
 SPLITS = ("validation", "test_combo")
+
+
+def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
