@@ -117,7 +117,7 @@ class TDDTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=leave_signals_to_the_trainer,
         )
-        # Each process has its own share of a stream, which Accelerate would shard once more.
+        # Each process has its own share of a stream, which Accelerate would divide once more.
         return loader if is_stream else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -152,15 +152,13 @@ class TDDTrainer(Trainer):
             self.accelerator.print(f"Stopped by a signal. The same command resumes from {last}.")
         return output
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             # The gradient of a loss that is not finite must not be finite either: it tells all processes.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             if getattr(outputs, "loss_by_timestep", None) is not None:
-                self.meter.add_losses(outputs.loss_by_timestep)
+                self.meter.losses.append(outputs.loss_by_timestep.detach().float())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -210,11 +208,7 @@ class TDDTrainer(Trainer):
         return output
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if not callable(getattr(self.model, "generate", None)):
             return super().prediction_step(model, {**inputs, **self.settings}, prediction_loss_only, ignore_keys)
