@@ -4,6 +4,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,20 @@ class TDDTrainer(Trainer):
         return loader if is_stream else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
+        with self._evaluation_batches():
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
+        with self._evaluation_batches():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_batches(self) -> Iterator[None]:
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self.meter.start = time.perf_counter()
