@@ -104,7 +104,7 @@ def test_vl_enriched_columns(tmp_path):
     recipe = CaptionData("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
     assert load_captions(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
     recipe.caption_column = "label"
-    with pytest.raises(ValueError, match="column 'label' must hold strings or lists of strings, got .*int32"):
+    with pytest.raises(ValueError, match="Column 'label' must hold strings or lists of strings, got .*int32"):
         load_captions(recipe)
     recipe.caption_column = "caption"
     with pytest.raises(ValueError, match="no column 'caption' in 'train'; it has image_id, image"):

@@ -61,8 +61,11 @@ def test_missing_split_or_column_is_named():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"eval_share": 1.0}, r"`data.eval_share` must be in \[0, 1\), got 1.0"),
-        ({"eval_share": 0.1, "streaming": True, "num_examples": 9}, "`data.eval_share` needs `data.streaming=false`"),
+        ({"eval_share": 1.0}, r"`data.eval_share` must be 0, or in \(0, 1\) .*, got 1.0"),
+        (
+            {"eval_share": 0.1, "streaming": True, "num_examples": 9},
+            "`data.eval_share` must be .* without `data.streaming`",
+        ),
         ({"path": "coco", "streaming": True, "num_examples": 9}, "needs parquet, webdataset or .*, got 'coco' and 9"),
         ({"streaming": True}, "`data.streaming` needs .*, and `data.num_examples`, got 'parquet' and None"),
     ],

@@ -101,9 +101,9 @@ def test_a_stream_names_its_shards(tmp_path: Path) -> None:
 def test_integer_labels_need_their_number_and_stay_below_it(tmp_path: Path) -> None:
     write_webdataset(tmp_path)
     fields = {"path": "webdataset", "data_dir": str(tmp_path), "image_column": "jpg", "label_column": "cls"}
-    with pytest.raises(ValueError, match="'cls' must be a `datasets.ClassLabel`, or hold integers with `data.num_lab"):
+    with pytest.raises(ValueError, match="'cls' must be a `datasets.ClassLabel`, or integers with `data.num_lab"):
         load_labels(LabelData(**fields))
-    with pytest.raises(ValueError, match="'txt' must be a `datasets.ClassLabel`, or hold integers .*'string'"):
+    with pytest.raises(ValueError, match="'txt' must be a `datasets.ClassLabel`, or integers .*'string'"):
         load_labels(LabelData(**{**fields, "label_column": "txt"}, num_labels=3))
     splits, _ = load_labels(LabelData(**fields, num_labels=2))
     assert set(splits["train"]["label"]) == set(splits["validation"]["label"]) == {0, 1}  # rows of label 2 are bad
@@ -155,5 +155,5 @@ def test_rejected_rows_of_a_stream(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{split}-1.tar", members)
     fields = {"data_dir": str(tmp_path), "image_column": "jpg", "caption_column": "txt"}
     stream = load_captions(CaptionData("webdataset", **fields, streaming=True, num_examples=8))["train"]
-    problems = [stream.read(row)[1] for _, row in stream._read_shards(stream.rows, [1], pytest.fail)]
+    problems = [stream.read(row)[1] for _, row in stream._read(stream.rows, [1], pytest.fail)]
     assert problems == ["unreadable image 0.jpg (UnidentifiedImageError)", "no caption", "no image"]

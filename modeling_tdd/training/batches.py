@@ -34,43 +34,39 @@ def seed_for(*key: int) -> int:
 
 
 class TrainingRows(Dataset):
-    """The rows of an epoch in the order of training, for a loader that reads them from the first to the last.
-
-    The seeds of Python, NumPy and PyTorch are set before each batch. So what reading and collating draw (crops, one of
+    """The rows of an epoch in the order of training, for a loader that reads them from the first to the last. The
+    seeds of Python, NumPy and PyTorch are set before each batch. So what reading and collating draw (crops, one of
     several captions) depends only on `seed`, epoch and the batch's place in the epoch, with any number of data
     workers. `multiple_of` is the number of images of an optimiser step over all processes. An incomplete last step is
-    left out. Raises a `ValueError` if there are fewer rows than one step needs.
-    """
+    left out. Raises a `ValueError` if there are fewer rows than one step needs."""
 
     def __init__(self, rows: Sequence[Example], seed: int, multiple_of: int):
         if len(rows) < multiple_of:
             raise ValueError(f"The batch size is {multiple_of}, but there are only {len(rows)} images.")
         self.rows, self.seed = rows, seed
         self.length = len(rows) // multiple_of * multiple_of
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent data workers see it too
-        self.order_epoch, self.order = -1, []
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent data workers see both
+        self.order = torch.zeros(len(rows), dtype=torch.long).share_memory_()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
+        self.order.copy_(torch.randperm(len(self.rows), generator=generator))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
-        epoch = int(self.epoch)
-        if epoch != self.order_epoch:
-            generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
-            self.order_epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
-        set_seed(seed_for(self.seed, DATA, epoch, indices[0]))
-        numbers = [self.order[index] for index in indices]
+        numbers = self.order[indices].tolist()
+        set_seed(seed_for(self.seed, DATA, int(self.epoch), indices[0]))
         many = hasattr(self.rows, "__getitems__")
         return self.rows.__getitems__(numbers) if many else [self.rows[number] for number in numbers]
 
 
 @dataclass
 class Augmentation:
-    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, with their names there. By default all are
-    off."""
+    """Arguments of timm's `create_transform` and `Mixup`, with their names there. By default all are off."""
 
     size: int | None = None  # height and width of the training views; by default those of the image processor
     scale: tuple[float, float] = (1.0, 1.0)
@@ -97,15 +93,10 @@ def build_train_transform(augmentation: Augmentation, image_processor: BaseImage
         return partial(_process, image_processor=image_processor)
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
-    return create_transform(
-        input_size=(3, height, width),
-        is_training=True,
-        color_jitter=None,
-        interpolation="bicubic",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-        **{name: value for name, value in asdict(augmentation).items() if name not in ("size", *MIXUP_FIELDS)},
-    )
+    arguments = {name: value for name, value in asdict(augmentation).items() if name not in ("size", *MIXUP_FIELDS)}
+    arguments |= {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
+    arguments |= {"is_training": True, "color_jitter": None, "interpolation": "bicubic"}
+    return create_transform((3, height, width), **arguments)
 
 
 def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
@@ -147,10 +138,8 @@ class ImageCollator:
 @dataclass
 class CaptionCollator:
     """Makes batches of `labels`, padded to the tokenizer's `model_max_length`, and `image_features` or `pixel_values`.
-
     With a `transform`, as in training, one of an image's captions and one of the views of its features are drawn at
-    random. Without it, as in evaluation, the first are taken.
-    """
+    random. Without it, as in evaluation, the first are taken."""
 
     processor: TDDProcessor
     transform: Transform | None = None

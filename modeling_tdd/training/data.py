@@ -22,17 +22,13 @@ from .streaming import MAX_NAMED, ImageStream, ReadExample, Row
 
 
 logger = logging.get_logger(__name__)
-
 Rows = TypeVar("Rows", Dataset, datasets.IterableDataset)
-
-# Number of streamed examples whose captions are read to train a tokenizer on. To read all would take too long.
-NUM_SAMPLED_CAPTIONS = 100_000
+NUM_SAMPLED_CAPTIONS = 100_000  # number of streamed examples whose captions are read to train a tokenizer on
 
 
 @dataclass
 class ImageData:
-    """What data sets of labels and of captions share. An example with an unreadable image, a missing label or no
-    caption is left out and reported."""
+    """What data sets of labels and of captions share. Bad examples are left out, see [`drop_bad_examples`]."""
 
     path: str  # the first argument of `load_dataset`: "parquet", "imagefolder", "webdataset" or an id
     data_files: dict[str, str] | None = None  # files of each split; relative paths start at the recipe's folder
@@ -47,13 +43,11 @@ class ImageData:
 
     def __post_init__(self):
         if self.streaming and (self.path in ("digits", "imagefolder", "coco") or self.num_examples is None):
-            given = f"got {self.path!r} and {self.num_examples}"
-            needed = "needs parquet, webdataset or a data set of the Hub, and `data.num_examples`"
-            raise ValueError(f"`data.streaming` {needed}, {given}.")
-        if not 0 <= self.eval_share < 1:
-            raise ValueError(f"`data.eval_share` must be in [0, 1), got {self.eval_share}.")
-        if self.eval_share and (self.streaming or self.train_split == "validation"):
-            raise ValueError("`data.eval_share` needs `data.streaming=false` and no `data.train_split=validation`.")
+            needed = "parquet, webdataset or a data set of the Hub, and `data.num_examples`"
+            raise ValueError(f"`data.streaming` needs {needed}, got {self.path!r} and {self.num_examples}.")
+        if self.eval_share and (self.streaming or self.train_split == "validation" or not 0 < self.eval_share < 1):
+            needed = "0, or in (0, 1) without `data.streaming` and `data.train_split=validation`"
+            raise ValueError(f"`data.eval_share` must be {needed}, got {self.eval_share}.")
 
 
 @dataclass
@@ -80,10 +74,8 @@ def load_labels(data: LabelData) -> tuple[dict[str, Dataset | ImageStream], list
     feature = splits[data.train_split].features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else list(map(str, range(data.num_labels or 0)))
     if not names or "int" not in getattr(feature, "dtype", ""):
-        raise ValueError(
-            f"The column {data.label_column!r} must be a `datasets.ClassLabel`, or hold integers with "
-            f"`data.num_labels` given; it is {feature}."
-        )
+        needed = "a `datasets.ClassLabel`, or integers with `data.num_labels` given"
+        raise ValueError(f"The column {data.label_column!r} must be {needed}, got {feature}.")
     return _read_splits(data, splits, builder, partial(read_labelled, num_labels=len(names))), names
 
 
@@ -93,9 +85,7 @@ def load_captions(data: CaptionData) -> dict[str, Dataset | ImageStream]:
     for rows in splits.values():
         feature = rows.features["captions"]
         if getattr(feature, "feature", feature) not in (Value("string"), Value("large_string"), Value("null")):
-            raise ValueError(
-                f"The column {data.caption_column!r} must hold strings or lists of strings, got {feature}."
-            )
+            raise ValueError(f"Column {data.caption_column!r} must hold strings or lists of strings, got {feature}.")
     return _read_splits(data, splits, builder, partial(read_captioned, lower_case=data.lower_case))
 
 
@@ -124,8 +114,9 @@ def _open_splits(data: ImageData, source: str, column: str) -> tuple[dict[str, R
             raise ValueError(f"`{data.path}` has no split {split!r}; it has {', '.join(found) or 'none'}.")
         features = found[split].features
         if missing := {data.image_column, source} - {*features, *features.flatten(max_depth=2)}:
-            has = ", ".join(features)
-            raise ValueError(f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {has}.")
+            raise ValueError(
+                f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {', '.join(features)}."
+            )
         splits[split] = _two_columns(found[split], data.image_column, source, column)
     return splits, builder
 
@@ -170,11 +161,8 @@ def _read_splits(
             names = files if len(files) == rows.num_shards else [f"shard {index}" for index in range(rows.num_shards)]
             fingerprint = Hasher.hash([builder.cache_dir, split, rows.features])
             stream = ImageStream(rows, names, fingerprint, read, data.num_examples)
-            if split == data.train_split:
-                results[split] = stream
-                continue
-            rows = stream.to_table(list(rows.features))
-        results[split] = drop_bad_examples(rows, read, split, data.num_proc)
+            rows = stream if split == data.train_split else stream.to_table(list(rows.features))
+        results[split] = rows if isinstance(rows, ImageStream) else drop_bad_examples(rows, read, split, data.num_proc)
     if data.eval_share:
         parts = results[data.train_split].train_test_split(test_size=data.eval_share, seed=0)
         return {data.train_split: parts["train"], "validation": parts["test"]}
@@ -187,14 +175,10 @@ def drop_bad_examples(data: Dataset, read: ReadExample, split: str, num_proc: in
     `datasets` caches the result. Raises a `ValueError` if no row is left."""
     (column,) = set(data.column_names) - {"image"}
     feature = List(Value("string")) if column == "captions" else data.features[column]
+    features = Features({column: feature, "problem": Value("string")})
+    check = partial(_check_row, read=read, column=column)
     checked = data.map(
-        _check_row,
-        with_indices=True,
-        fn_kwargs={"read": read, "column": column},
-        remove_columns=data.column_names,
-        num_proc=num_proc,
-        desc=f"checking {split}",
-        features=Features({column: feature, "problem": Value("string")}),
+        check, with_indices=True, remove_columns=data.column_names, num_proc=num_proc, features=features, desc=split
     )
     data = concatenate_datasets([data.select_columns("image"), checked.select_columns(column)], axis=1)
     good = [index for index, problem in enumerate(checked["problem"]) if not problem]
@@ -253,10 +237,10 @@ def load_digits_dataset() -> DatasetDict:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype("uint8")
-    columns = {"image": [PILImage.fromarray(image).convert("RGB") for image in images], "label": digits.target}
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    data = Dataset.from_dict(columns, features=features)
+    arrays = (digits.images * (255 / 16)).round().astype("uint8")
+    images = [PILImage.fromarray(array).convert("RGB") for array in arrays]
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    data = Dataset.from_dict({"image": images, "label": digits.target}, features=features)
     train, validation = train_test_split(range(len(data)), test_size=0.2, random_state=0, stratify=digits.target)
     return DatasetDict(train=data.select(train), validation=data.select(validation))
 

@@ -19,6 +19,7 @@ from .batches import DATA, ORDER, Example, seed_for
 
 logger = logging.get_logger(__name__)
 
+Rows = datasets.IterableDataset
 Row = dict[str, Any]  # an undecoded `image`, and a `label` or `captions`
 ReadExample = Callable[[Row], tuple[Example, str]]  # an example, and why it is bad or ""
 MAX_NAMED = 10  # number of bad examples that are named; others are counted
@@ -26,7 +27,7 @@ SHUFFLE_BUFFER = 1000  # number of examples, not yet decoded, that each reader s
 
 
 class ImageStream(IterableDataset):
-    r"""
+    """
     The training examples of one process, which its data workers read. Each worker of each process is a reader.
 
     If there are at least as many shards as readers, each shard has one reader in an epoch. Otherwise each reader takes
@@ -34,17 +35,11 @@ class ImageStream(IterableDataset):
     process has to wait for another one. Which examples come, and what their augmentation draws, depends only on seed,
     epoch, process and worker: the seeds of Python, NumPy and PyTorch are set before the first example of each batch.
 
-    Args:
-        rows (`datasets.IterableDataset`): The columns `image`, not decoded, and `label` or `captions`.
-        names (`list[str]`): Names of the shards of `rows`.
-        fingerprint (`str`): A hash of `rows`.
-        read (`Callable`): Makes an example of a row, and says why it is bad, if it is.
-        num_examples (`int`): Number of rows.
+    `rows` are streamed by `datasets`: an `image`, not decoded, and a `label` or `captions`. Their shards have `names`,
+    and their hash is `fingerprint`. `read` makes an example of a row, and says why it is bad, if it is.
     """
 
-    def __init__(
-        self, rows: datasets.IterableDataset, names: list[str], fingerprint: str, read: ReadExample, num_examples: int
-    ):
+    def __init__(self, rows: Rows, names: list[str], fingerprint: str, read: ReadExample, num_examples: int):
         self.rows, self.names, self.fingerprint = rows, names, fingerprint
         self.read, self.num_examples = read, num_examples
         # In shared memory, since data workers read and write them
@@ -87,7 +82,7 @@ class ImageStream(IterableDataset):
         selected = self.rows.select_columns(columns)
 
         def generate() -> Iterator[Row]:
-            rows = self._read_shards(selected, range(len(self.names)), logger.warning)
+            rows = self._read(selected, range(len(self.names)), logger.warning)
             yield from (row for _, row in islice(rows, num_rows))
 
         fingerprint = Hasher.hash([self.fingerprint, columns, num_rows])
@@ -111,7 +106,7 @@ class ImageStream(IterableDataset):
         """The rows of a reader. They go through a buffer, from which a random one is taken for each that is put in."""
         order = np.random.default_rng(seed_for(self.seed, ORDER, epoch)).permutation(len(self.names)).tolist()
         is_shared = len(order) < num_readers
-        rows = self._read_shards(self.rows, order if is_shared else order[reader::num_readers], self._report)
+        rows = self._read(self.rows, order if is_shared else order[reader::num_readers], self._report)
         rows = islice(rows, reader, None, num_readers) if is_shared else rows
         generator = np.random.default_rng(seed_for(self.seed, ORDER, epoch, reader + 1, reading))
         buffer = list(islice(rows, SHUFFLE_BUFFER))
@@ -121,9 +116,7 @@ class ImageStream(IterableDataset):
             buffer[place] = row
         yield from (buffer[place] for place in generator.permutation(len(buffer)))
 
-    def _read_shards(
-        self, rows: datasets.IterableDataset, shards: Iterable[int], report: Callable[[str], None]
-    ) -> Iterator[tuple[str, Row]]:
+    def _read(self, rows: Rows, shards: Iterable[int], report: Callable[[str], None]) -> Iterator[tuple[str, Row]]:
         """Yields the rows of some shards and their places. After a broken shard is reported, the next one is read."""
         for shard in shards:
             name, index = self.names[shard], -1

@@ -34,8 +34,7 @@ def train_tokenizer(
         raise ValueError("`captions` must hold at least one caption, got none.")
     if vocab_size is not None and vocab_size <= len(SPECIAL_TOKENS):
         raise ValueError(f"`vocab_size` must be above {len(SPECIAL_TOKENS)}, the special tokens, got {vocab_size}.")
-    if lower_case is None:
-        lower_case = all(caption == caption.lower() for caption in captions)
+    lower_case = all(caption == caption.lower() for caption in captions) if lower_case is None else lower_case
     specials = [AddedToken(token, lstrip=token == "[MASK]", special=True) for token in SPECIAL_TOKENS.values()]
     if kind == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
@@ -45,8 +44,8 @@ def train_tokenizer(
         tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", fuse_unk=True))
         trainer = trainers.BpeTrainer(vocab_size=vocab_size or 8192, special_tokens=specials)
     # Decoding cannot undo the normaliser, which composes characters, makes spaces single and may lower the case.
-    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")]
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()] if lower_case else steps)
+    case = [normalizers.Lowercase()] if lower_case else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), *case])
     spaces = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)  # the first word is like any other
     words = pre_tokenizers.Split(Regex(TOKEN_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, words])
