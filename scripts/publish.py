@@ -11,11 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from modeling_tdd.evaluation.scoring import load_checkpoint
 from modeling_tdd.evaluation.step_curves import plot_scores
+from modeling_tdd.publishing.hub import upload
 from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, read_runs, without_machine_paths
 
 
@@ -41,24 +41,6 @@ def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -
     card = make_card(results, model.config.to_dict(), model.num_parameters(), repo_id, defaults.num_inference_steps)
     plot_scores(results).savefig(target / PLOT_FILE, dpi=120)
     card.save(target / CARD_FILE)
-
-
-def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads `folder` as one commit and returns its URL. The error after a failure says what the repository holds."""
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    before = api.model_info(repo_id).sha
-    try:
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish checkpoint").commit_url
-    except Exception as error:
-        try:
-            now = api.model_info(repo_id).sha
-        except Exception as state_error:
-            state = f"It is not known whether {repo_id} changed: {state_error}"
-        else:
-            state = f"{repo_id} {'is still at' if now == before else 'moved to'} revision {now}."
-        cause = f" {error.__cause__}" if error.__cause__ else ""
-        raise RuntimeError(f"Publishing failed: {error}{cause}\n{state}") from error
 
 
 def main() -> None:

@@ -119,10 +119,8 @@ def main() -> None:
         elif method == "nearest":
             with state.main_process_first():
                 scores = score_nearest(recipe, output_dir / "features")
-                write_json(
-                    folder / "result.json",
-                    {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores},
-                )
+            result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
+            write_json(folder / "result.json", result)
         else:
             run(recipe, method, seed, folder, args.restart)
     if state.is_main_process:

@@ -1,4 +1,4 @@
-"""Captions: their data, tokenizer and cached features, and scripts/pretrain_encoder.py as users run it."""
+"""Captions: their data, tokenizer and cached features, and the training of their encoder as users run it."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from modeling_tdd.training.tokenization import train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts/pretrain_encoder.py"
+SCRIPT = ROOT / "scripts/train.py"
 RECIPE = ROOT / "scripts/recipes/emoji_encoder.yaml"
 CAPTIONS = ["woman firefighter: medium-light skin tone", "woman firefighter", "“free” button", "flag: Côte d’Ivoire"]
 
@@ -36,15 +36,13 @@ def picture(shade: int = 0) -> PILImage.Image:
 # ---- Recipes
 
 
-def test_a_recipe_says_its_task(tmp_path):
-    with pytest.raises(ValueError, match="is a recipe for encoder; one for captioning is needed"):
-        load_recipe(RECIPE, task="captioning")
+def test_a_recipe_says_its_task():
     with pytest.raises(ValueError, match="`task` of .* must be one of classification, captioning, encoder, got 'cap'"):
         load_recipe(RECIPE, ["task=cap"])
-    with pytest.raises(ValueError, match="Unknown keys in `evaluation`: steps. Allowed: min_count, threshold"):
+    with pytest.raises(ValueError, match="Unknown keys in `recipe`: evaluation"):
         load_recipe(RECIPE, ["evaluation.steps=5"])
-    with pytest.raises(ValueError, match="`data.on_bad_example` must be 'skip' or 'raise', got 'ignore'"):
-        load_recipe(RECIPE, ["data.on_bad_example=ignore"])
+    with pytest.raises(ValueError, match="Unknown keys in `data`: label_column. Allowed: path, .* caption_column"):
+        load_recipe(RECIPE, ["data.label_column=word"])
 
 
 # ---- Data
@@ -106,7 +104,7 @@ def test_vl_enriched_columns(tmp_path):
     recipe = CaptionData("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
     assert load_captions(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
     recipe.caption_column = "label"
-    with pytest.raises(ValueError, match="column 'label' must hold strings or lists of strings, got .*int32"):
+    with pytest.raises(ValueError, match="Column 'label' must hold strings or lists of strings, got .*int32"):
         load_captions(recipe)
     recipe.caption_column = "caption"
     with pytest.raises(ValueError, match="no column 'caption' in 'train'; it has image_id, image"):
@@ -147,14 +145,11 @@ def test_bad_examples_are_skipped_counted_and_named(image_folder, caplog):
     assert data["validation"]["captions"][:] == [["a cat"], ["a dog"], ["a cow"]]
     message = next(record.getMessage() for record in caplog.records if "'train'" in record.getMessage())
     assert message.startswith("4 of 5 examples of 'train' are bad") and message.endswith("They are skipped.")
-    for problem in ("short.png): unreadable image", "text.png): unreadable image (UnidentifiedImageError)"):
-        assert problem in message
+    assert "short.png (OSError)" in message and "text.png (UnidentifiedImageError)" in message
     assert message.count("no caption") == 2
 
 
-def test_bad_examples_stop_when_asked_or_when_nothing_is_left(image_folder):
-    with pytest.raises(ValueError, match="4 of 5 examples of 'train' are bad: row .*"):
-        load_captions(CaptionData("imagefolder", data_dir=str(image_folder), on_bad_example="raise"))
+def test_a_split_without_a_valid_example_is_an_error(image_folder):
     (image_folder / "train/good.png").write_bytes(b"")
     with pytest.raises(ValueError, match="5 of 5 examples of 'train' are bad"):
         load_captions(CaptionData("imagefolder", data_dir=str(image_folder)))
@@ -248,11 +243,13 @@ def test_a_cache_is_read_only_where_nothing_changed(encoder, processor, pictures
 
     bright = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3)
     views = [AugmentedViews(Augmentation(hflip=p), processor, n) for p, n in [(0.1, 1), (0.1, 2), (0.2, 2)]]
-    fingerprints = {features_fingerprint(encoder, each, pictures) for each in [processor, bright, *views]}
-    fingerprints.add(features_fingerprint(encoder, processor, pictures.select([1, 0, 2, 3, 4])))
+    plain = AugmentedViews(Augmentation(), processor, 1)
+    others = [AugmentedViews(Augmentation(), bright, 1), *views]
+    fingerprints = {features_fingerprint(encoder, each, pictures) for each in [plain, *others]}
+    fingerprints.add(features_fingerprint(encoder, plain, pictures.select([1, 0, 2, 3, 4])))
     with torch.no_grad():
         next(encoder.encoder.parameters()).add_(0.5)
-    fingerprints.add(features_fingerprint(encoder, processor, pictures))
+    fingerprints.add(features_fingerprint(encoder, plain, pictures))
     assert len(fingerprints) == 7
 
     monkeypatch.setattr(TDDModel, "get_image_features", encode)
@@ -267,8 +264,8 @@ def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, proces
         again = TDDModel.from_encoder_pretrained(
             tmp_path / name, pooling=None, vocab_size=9, hidden_size=32, num_attention_heads=2
         )
-        loaded_processor = AutoImageProcessor.from_pretrained(tmp_path / name)
-        fingerprints.add(features_fingerprint(again, loaded_processor, pictures))
+        views = AugmentedViews(Augmentation(), AutoImageProcessor.from_pretrained(tmp_path / name), 1)
+        fingerprints.add(features_fingerprint(again, views, pictures))
     assert len(fingerprints) == 1
 
 
@@ -284,19 +281,20 @@ def test_views_are_augmented_and_depend_on_their_row_alone(encoder, processor, p
     torch.testing.assert_close(again, features[:3], atol=5e-3, rtol=0)
 
 
-def test_a_cache_that_is_not_whole_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):
-    file = tmp_path / f"features-{features_fingerprint(encoder, processor, pictures)}.arrow"
+def test_an_interrupted_encoding_leaves_no_cache(encoder, processor, pictures, tmp_path, monkeypatch):
+    encode, calls = TDDModel.get_image_features, []
+
+    def interrupted(model, pixel_values):
+        calls.append(len(pixel_values))
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return encode(model, pixel_values)
+
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(TDDModel, "get_image_features", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
-        cache_features(encoder, processor, pictures, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    expected = stack(cache_features(encoder, processor, pictures, tmp_path, batch_size=1))
-    whole = file.read_bytes()
-    cache_features(encoder, processor, pictures.select([0, 1]), tmp_path / "short")
-    short = next((tmp_path / "short").iterdir()).read_bytes()
-    for broken in (b"", b"something else", whole[:-100], whole[: len(whole) // 2], short):
-        file.write_bytes(broken)
-        assert stack(cache_features(encoder, processor, pictures, tmp_path)).equal(expected)
+        patch.setattr(TDDModel, "get_image_features", interrupted)
+        cache_features(encoder, processor, pictures, tmp_path, batch_size=2)
+    assert calls == [2, 2, 1] and list(tmp_path.iterdir()) == []
+    assert len(stack(cache_features(encoder, processor, pictures, tmp_path))) == 5
 
 
 # ---- The script, as users run it
@@ -307,17 +305,22 @@ def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
     few = tmp_path / "few.parquet"
     data["train"].select(range(64)).to_parquet(few)
     files = [f"data.data_files.{split}={few}" for split in ("train", "validation", "test_combo", "test_vendor")]
-    settings = ["training.epochs=1", "training.num_workers=0", "data.caption_column=captions", "augmentation.size=32"]
+    settings = [
+        "training.num_train_epochs=1",
+        "training.dataloader_num_workers=0",
+        "data.caption_column=captions",
+        "augmentation.size=32",
+    ]
     narrow = ["model.vision_config.model_args.channels=[8, 8, 16, 16]", "training.batch_size=32"]
     command = [sys.executable, str(SCRIPT), str(RECIPE), "--set", *settings, *narrow, *files]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| validation  |" in done.stdout
+    assert "validation" in done.stdout
 
-    folder = tmp_path / "outputs/emoji_encoder"
+    folder = tmp_path / "outputs/emoji_encoder/encoder-seed0"
     scores = json.loads((folder / "result.json").read_text())["scores"]
-    assert set(scores) == {"validation", "test_combo", "test_vendor"}
-    assert all(0 <= value <= 1 for split in scores.values() for value in split.values())
+    assert [entry["split"] for entry in scores] == ["validation", "test_combo", "test_vendor"]
+    assert all(0 <= entry[metric] <= 1 for entry in scores for metric in ("word_map", "word_f1"))
 
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")

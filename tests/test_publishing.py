@@ -162,7 +162,7 @@ def recipe() -> dict[str, Any]:
         "model": {"freeze_encoder": True},
         "image_processor": {},
         "data": {"path": "parquet", "data_files": files, "data_dir": None, "train_split": "train"},
-        "training": make_training_recipe(epochs=25, base_learning_rate=0.008),
+        "training": make_training_recipe(num_train_epochs=25, base_learning_rate=0.008),
         "encoder": "outputs/emoji_encoder",
     }
 
@@ -207,7 +207,7 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
 
 
 def test_runs_with_different_recipes_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
-    recipe["training"]["epochs"] = 1
+    recipe["training"]["num_train_epochs"] = 1
     write_result(run_folder.with_name("tdd-seed3"), "tdd", 3, 0.9, recipe)
     with pytest.raises(ValueError, match="tdd-seed3 was trained by another recipe"):
         read_runs(run_folder)
@@ -246,7 +246,7 @@ def test_card_of_a_classifier(
         "model": {},
         "image_processor": {"size": {"height": 8, "width": 8}},
         "data": {"path": "digits", "train_split": "train"},
-        "training": make_training_recipe(epochs=50, base_learning_rate=0.004),
+        "training": make_training_recipe(num_train_epochs=50, base_learning_rate=0.004),
     }
     result = {"method": "tdd", "seed": 0, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))

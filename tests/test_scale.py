@@ -22,6 +22,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import is_tensorboard_available
 from safetensors.torch import load_file
 
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.trainer import TDDTrainer
+
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "scripts/accelerate").glob("*.yaml"))
@@ -274,6 +277,23 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert done.returncode == 1
     (tmp_path / "output.txt").write_text(output(tmp_path).replace(str(disc), str(tmp_path)))
     check_full_disk(tmp_path, until_step_3)
+
+
+# ---- Evaluation
+
+
+def test_each_data_set_is_predicted_with_a_loader_of_its_own(tmp_path: Path):
+    args = TDDTrainingArguments(str(tmp_path), dataloader_num_workers=1, report_to="none", disable_tqdm=True)
+    trainer = TDDTrainer(
+        tiny_training.make_model(),
+        args,
+        data_collator=tiny_training.augment,
+        eval_collator=tiny_training.stack,
+        eval_dataset=tiny_training.Images(8),
+        compute_metrics=tiny_training.accuracy,
+    )
+    trainer.evaluate()  # its loader's worker persists
+    assert [len(trainer.predict(tiny_training.Images(number)).label_ids) for number in (11, 5)] == [11, 5]
 
 
 # ---- Logs

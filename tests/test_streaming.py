@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from samples import halve, noise_bytes, picture_bytes, write_coco, write_tar, write_webdataset
+from samples import halve, noise_bytes, picture_bytes, write_tar, write_webdataset
 from torch.utils.data import DataLoader
 
+from modeling_tdd.training import streaming
+from modeling_tdd.training.batches import Batch, Example
 from modeling_tdd.training.data import CaptionData, load_captions
-from modeling_tdd.training.examples import Batch, Example
 
 
 ROOT = Path(__file__).parent.parent
 NUM_SHARDS, ROWS = 6, 8
 EVERYTHING = list(range(NUM_SHARDS * ROWS))
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER", 10)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,6 @@ def collate(examples: list[Example]) -> Batch:
 def make_loader(
     data: CaptionData, process: int = 0, processes: int = 1, workers: int = 0, batch_size: int = 4, seed: int = 0
 ) -> DataLoader:
-    data.shuffle_buffer = min(data.shuffle_buffer, 10)
     stream = load_captions(data)[data.train_split]
     stream.configure(seed, batch_size, data.num_examples // (batch_size * processes), process, processes)
     return DataLoader(
@@ -144,15 +149,16 @@ def webdataset(folder: Path, **fields) -> CaptionData:
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (1, 2), (4, 0), (1, 4)])
 def test_broken_data_of_a_webdataset_are_skipped_and_counted(tmp_path, processes, workers):
     break_webdataset(tmp_path)
-    seen, skipped = [], []
+    seen, first, later = [], [], []
     for process in range(processes):
         loader = make_loader(webdataset(tmp_path), process, processes, workers, batch_size=1)
         loader.dataset.batches_per_epoch = 24  # each reader reads its share several times
-        seen += read_ids(loader) + read_ids(loader)
-        skipped.append(loader.dataset.skipped)
+        seen += read_ids(loader)
+        first.append(loader.dataset.skipped)
+        seen += read_ids(loader)
+        later.append(loader.dataset.skipped)
     assert set(seen) == {0, 1, 2, 3, 4, 8, 9}
-    # What is met again is not counted again. A shard that four processes share is broken for each of them.
-    assert sum(skipped) == (4 if processes < 4 else 3 + 4)
+    assert sum(later) > sum(first) >= 4  # what is met again is counted again
 
 
 def test_broken_data_are_named(tmp_path, caplog):
@@ -160,32 +166,30 @@ def test_broken_data_are_named(tmp_path, caplog):
     logging.getLogger("transformers").propagate = True
     loader = make_loader(webdataset(tmp_path), batch_size=1)
     with caplog.at_level(logging.WARNING):
-        read_ids(loader), read_ids(loader)
-    assert caplog.text.count("Skipped: ") == 4
+        read_ids(loader)
+    assert caplog.text.count("Skipped: ") == loader.dataset.skipped >= 4
     assert "train-000002.tar: broken after 2 examples (ReadError: unexpected end of data)" in caplog.text
-    for index, problem in [(1, "unreadable image (OSError)"), (2, "no image"), (3, "no caption")]:
-        assert f"train-000001.tar, example {index}" in caplog.text and f": {problem}\n" in caplog.text
+    for index, problem in [(1, "unreadable image 000000005.jpg (OSError)"), (2, "no image"), (3, "no caption")]:
+        assert f"train-000001.tar, example {index}: {problem}\n" in caplog.text
 
 
-def test_missing_files_of_coco_are_skipped_and_reported(tmp_path, caplog):
-    write_coco(tmp_path)
-    (tmp_path / "train2017/000000000007.jpg").unlink()
-    data = CaptionData("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=[], streaming=True)
-    stream = load_captions(data)["train2017"]
-    stream.configure(0, 1, 11)
+def test_at_most_ten_problems_are_named_by_a_reader(tmp_path, caplog):
+    members = {}
+    for i in range(20):
+        members |= {f"{i:02d}.jpg": picture_bytes(i), f"{i:02d}.txt": b"picture" if i < 3 else b""}
+    write_tar(tmp_path / "train-0.tar", members)
     logging.getLogger("transformers").propagate = True
+    stream = load_captions(webdataset(tmp_path, num_examples=6))["train"]
     with caplog.at_level(logging.WARNING):
-        assert len({example["captions"][0] for example in stream}) == 11
-    assert stream.skipped == 1 and "000000000007.jpg): unreadable image (FileNotFoundError)" in caplog.text
+        assert len(list(stream)) == 6  # it starts again
+    assert stream.skipped > 10 and caplog.text.count("Skipped: ") == 10
 
 
-def test_broken_data_stop_the_run_if_asked_to_or_if_nothing_is_left(tmp_path):
+def test_a_reader_that_finds_nothing_stops_the_run(tmp_path):
     break_webdataset(tmp_path)
-    with pytest.raises(ValueError, match="train-00000"):
-        read_ids(make_loader(webdataset(tmp_path, on_bad_example="raise")))
     for shard in (0, 1, 2):
         write_tar(tmp_path / f"train-{shard:06d}.tar", {f"{i}.{end}": b"" for i in range(9) for end in ("jpg", "txt")})
-    with pytest.raises(ValueError, match="Reader 0 of 1 has found no valid example. 27 problems: .*train-00000"):
+    with pytest.raises(ValueError, match="Reader 0 of 1 has found no valid example"):
         read_ids(make_loader(webdataset(tmp_path)))
 
 
@@ -223,8 +227,8 @@ def test_two_processes_have_disjoint_shares_and_equally_many_batches(tmp_path):
     command = [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "SHARES [0, 1, 2, 3, 4, 8, 9] [6, 6] 0 4" in done.stdout
-    assert done.stderr.count("Skipped: ") == 4
+    assert "SHARES [0, 1, 2, 3, 4, 8, 9] [6, 6] 0 7" in done.stdout
+    assert done.stderr.count("Skipped: ") == 7  # four problems, some of which are met again
 
 
 def test_captioning_script_trains_on_a_broken_stream_to_its_end(tmp_path):
@@ -232,20 +236,26 @@ def test_captioning_script_trains_on_a_broken_stream_to_its_end(tmp_path):
     vision = {"model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "intermediate_size": 64}
     settings = [
-        *("encoder=null", "model.freeze_encoder=false", f"model.vision_config={json.dumps(vision)}"),
+        *(
+            "encoder=null",
+            "model.freeze_encoder=false",
+            f"model.vision_config={json.dumps(vision)}",
+            "feature_views=1",
+        ),
         *("image_processor={size: {height: 16, width: 16}}", "augmentation.size=16"),
         *("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64"),
         *("data.path=webdataset", "data.data_files=null", f"data.data_dir={tmp_path}/data", "data.streaming=true"),
         *("data.image_column=jpg", "data.caption_column=txt", "data.num_examples=8", "data.eval_splits=[validation]"),
-        *("training.epochs=2", "training.batch_size=2", "training.warmup_epochs=0", "training.num_workers=1"),
-        "evaluation.num_inference_steps=[1]",
+        *("training.num_train_epochs=2", "training.batch_size=2", "training.warmup_steps=0"),
+        *("training.dataloader_num_workers=1", "training.logging_steps=1", "evaluation.num_inference_steps=[1]"),
     ]
-    script, recipe = ROOT / "scripts/train_captioning.py", ROOT / "scripts/recipes/emoji.yaml"
+    script, recipe = ROOT / "scripts/train.py", ROOT / "scripts/recipes/emoji.yaml"
     command = [sys.executable, str(script), str(recipe), "--set", *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "4 broken shards and bad examples were skipped: " in done.stderr and "train-000002.tar: broken" in done.stderr
-    )
+    assert "Skipped: " in done.stderr and "train-000002.tar: broken" in done.stderr
+    state = json.loads((tmp_path / "outputs/emoji/tdd-seed0-training/trainer_state.json").read_text())
+    assert state["global_step"] == 8
+    assert max(entry.get("skipped_examples", 0) for entry in state["log_history"]) >= 4
     result = json.loads((tmp_path / "outputs/emoji/tdd-seed0/result.json").read_text())
     assert [entry["split"] for entry in result["scores"]] == ["validation"]

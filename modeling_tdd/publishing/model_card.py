@@ -194,17 +194,18 @@ def _process(config: dict[str, Any]) -> str:
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
     training = recipe["training"]
-    # Results from before there was `base_learning_rate` state the learning rate itself.
     rate = training.get("learning_rate") or training["base_learning_rate"] * training["batch_size"] / 256
-    encoder = recipe.get("encoder")
     start = "from scratch"
-    if encoder is not None:
+    if recipe.get("checkpoint") is not None:
+        start = f"from the checkpoint `{without_machine_paths(recipe['checkpoint'])}`"
+    elif recipe.get("encoder") is not None:
         frozen = " frozen" if recipe["model"].get("freeze_encoder") else ""
-        start = f"from the{frozen} encoder `{without_machine_paths(encoder)}`"
+        start = f"from the{frozen} encoder `{without_machine_paths(recipe['encoder'])}`"
+    # A recipe leaves out what has the default of `TDDTrainingArguments`.
     return (
-        f"{training['epochs']} epochs of AdamW {start}: batch size {training['batch_size']}, learning rate "
-        f"{rate:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
-        f"moving average of decay {training['ema_decay']:g}."
+        f"{training.get('num_train_epochs', 3)} epochs of AdamW {start}: batch size {training['batch_size']}, "
+        f"learning rate {rate:g}, weight decay {training.get('weight_decay', 0):g}, seed {seed}. The weights are the "
+        f"moving average of decay {training.get('ema_decay', 0.9999):g}."
     )
 
 

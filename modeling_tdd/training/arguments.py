@@ -20,27 +20,19 @@ class TDDTrainingArguments(TrainingArguments):
     The settings of [`TDDTrainer`]: all of `TrainingArguments`, some with another default, and these.
 
     Args:
-        batch_size (`int`, *optional*):
-            Images per optimiser step, over all processes and accumulation steps. `per_device_train_batch_size` and
-            `gradient_accumulation_steps` follow from it and from the number of processes.
-        device_batch_size (`int`, *optional*):
-            With `batch_size`: images that fit on a device at once. By default a step is not accumulated.
-        base_learning_rate (`float`, *optional*):
-            With `batch_size`: the learning rate at a batch size of 256. It takes the place of `learning_rate`, which
-            scales linearly with the batch size (Goyal et al., 2017).
-        mixed_precision (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` trains in bf16 where the hardware is fast at it, unless `bf16` or `fp16` is given. `"no"`,
-            `"bf16"` and `"fp16"` are as in Accelerate.
-        ema_decay (`float`, *optional*, defaults to 0.9999):
-            Decay of the moving average of the weights, in [0, 1). The average is what is evaluated and saved. 0 keeps
-            no average.
-        ema_warmup (`bool`, *optional*, defaults to `True`):
-            Whether the decay grows up to `ema_decay` with the steps taken, see [`AveragedAdamW`] (ours). The paper's
-            is constant.
-        max_skipped_steps (`int`, *optional*, defaults to 10):
-            Number of steps in a row that may be skipped because the loss or its gradient is not finite.
-        cpu_threads (`int`, *optional*):
-            Threads of each process on the CPU. A small network is fastest with one.
+        batch_size (`int`, *optional*): Images per optimiser step, over all processes and accumulation steps.
+            `per_device_train_batch_size` and `gradient_accumulation_steps` follow from it.
+        device_batch_size (`int`, *optional*): With `batch_size`: images that fit on a device at once.
+        base_learning_rate (`float`, *optional*): With `batch_size`: the learning rate at a batch size of 256, in place
+            of `learning_rate`. It scales linearly with the batch size (Goyal et al., 2017).
+        mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it.
+        ema_decay (`float`): Decay of the moving average of the weights, in [0, 1). The average is what is evaluated
+            and saved. 0 keeps none.
+        ema_warmup (`bool`): Whether the decay grows up to `ema_decay` with the steps, see [`AveragedAdamW`] (ours).
+            The paper's is constant.
+        max_skipped_steps (`int`): Number of steps in a row that may be skipped because the loss or its gradient is not
+            finite.
+        cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest with one.
 
     Raises:
         `ValueError`: if `batch_size` is not a whole number of device batches, or a setting is out of its range.

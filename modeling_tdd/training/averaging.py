@@ -19,10 +19,9 @@ class AveragedAdamW(torch.optim.AdamW):
 
     Args:
         params (`Iterable`): Parameters or parameter groups, in float32.
-        average_decay (`float`, *optional*, defaults to 0.9999): Decay of the average, in [0, 1).
-        average_warmup (`bool`, *optional*, defaults to `True`):
-            Whether the decay after n steps is at most `1 - n ** (-2 / 3)`, so that the average follows a short run too
-            (ours, as in timm). `False` keeps it constant, as in the paper (equation 2).
+        average_decay (`float`): Decay of the average, in [0, 1).
+        average_warmup (`bool`): Whether the decay after n steps is at most `1 - n ** (-2 / 3)`, so that the average
+            follows a short run too (ours, as in timm). `False` keeps it constant, as in the paper (equation 2).
         kwargs: Arguments of `torch.optim.AdamW`.
 
     Raises:
@@ -30,11 +29,7 @@ class AveragedAdamW(torch.optim.AdamW):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        average_decay: float = 0.9999,
-        average_warmup: bool = True,
-        **kwargs: Any,
+        self, params: Iterable[Any], average_decay: float = 0.9999, average_warmup: bool = True, **kwargs: Any
     ):
         if not 0 <= average_decay < 1:
             raise ValueError(f"`average_decay` must be in [0, 1), got {average_decay!r}.")
@@ -45,8 +40,7 @@ class AveragedAdamW(torch.optim.AdamW):
                 f"The weights must be float32 to be averaged, got {', '.join(sorted(half))}. Load the model with "
                 "`dtype=torch.float32` and train with `bf16=True`."
             )
-        self.average_decay = average_decay
-        self.average_warmup = average_warmup
+        self.average_decay, self.average_warmup = average_decay, average_warmup
         for group in self.param_groups:
             group["steps"], group["holds_average"] = 0, False
 

@@ -4,8 +4,9 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
-from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from ..processing_tdd import TDDProcessor
-from .examples import Batch, Example
 
 
+Example = dict[str, Any]  # a PIL `image` or `image_features`, and a `label` or `captions`
+Batch = dict[str, Tensor]
 Transform = Callable[[Image.Image], Tensor]
 
 # The purposes of draws. They are part of the seed, so that no two purposes draw the same numbers.
@@ -33,63 +34,44 @@ def seed_for(*key: int) -> int:
 
 
 class TrainingRows(Dataset):
-    r"""
-    The rows of an epoch in the order of training, for a loader that reads them from the first to the last. Before each
-    batch the seeds of Python, NumPy and PyTorch are set. So what reading and collating draw (crops, one of several
-    captions) depends only on seed, epoch and the batch's place in the epoch, with any number of data workers.
-
-    Args:
-        rows (`Sequence`): A data set or a list. Its `__getitems__` is used if there is one.
-        seed (`int`): Seed of the run.
-        multiple_of (`int`): Images of an optimiser step over all processes. An incomplete last step is left out.
-
-    Raises:
-        `ValueError`: if there are fewer rows than one step needs.
-    """
+    """The rows of an epoch in the order of training, for a loader that reads them from the first to the last. The
+    seeds of Python, NumPy and PyTorch are set before each batch. So what reading and collating draw (crops, one of
+    several captions) depends only on `seed`, epoch and the batch's place in the epoch, with any number of data
+    workers. `multiple_of` is the number of images of an optimiser step over all processes. An incomplete last step is
+    left out. Raises a `ValueError` if there are fewer rows than one step needs."""
 
     def __init__(self, rows: Sequence[Example], seed: int, multiple_of: int):
         if len(rows) < multiple_of:
             raise ValueError(f"The batch size is {multiple_of}, but there are only {len(rows)} images.")
         self.rows, self.seed = rows, seed
         self.length = len(rows) // multiple_of * multiple_of
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent data workers see it too
-        self.order_epoch, self.order = -1, []
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent data workers see both
+        self.order = torch.zeros(len(rows), dtype=torch.long).share_memory_()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
+        self.order.copy_(torch.randperm(len(self.rows), generator=generator))
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Example:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: list[int]) -> list[Example]:
-        epoch = int(self.epoch)
-        if epoch != self.order_epoch:
-            generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
-            self.order_epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
-        set_seed(seed_for(self.seed, DATA, epoch, indices[0]))
-        numbers = [self.order[index] for index in indices]
+        numbers = self.order[indices].tolist()
+        set_seed(seed_for(self.seed, DATA, int(self.epoch), indices[0]))
         many = hasattr(self.rows, "__getitems__")
         return self.rows.__getitems__(numbers) if many else [self.rows[number] for number in numbers]
 
 
-# ---- Augmentation
-
-
 @dataclass
 class Augmentation:
-    """Arguments of `timm.data.create_transform` and `timm.data.Mixup`, with their names there. By default all are off.
+    """Arguments of timm's `create_transform` and `Mixup`, with their names there. By default all are off."""
 
-    `size` is the height and width of the training views; by default it is the image processor's.
-    """
-
-    size: int | None = None
+    size: int | None = None  # height and width of the training views; by default those of the image processor
     scale: tuple[float, float] = (1.0, 1.0)
     ratio: tuple[float, float] = (1.0, 1.0)
     hflip: float = 0.0
-    color_jitter: float = 0.0
     auto_augment: str | None = None
     re_prob: float = 0.0
     re_mode: str = "pixel"
@@ -101,6 +83,9 @@ class Augmentation:
     mode: str = "batch"
 
 
+MIXUP_FIELDS = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
+
+
 def build_train_transform(augmentation: Augmentation, image_processor: BaseImageProcessor) -> Transform:
     """timm's training transform for a PIL image, with the normalisation of the image processor. Without any
     augmentation it is the image processor itself."""
@@ -108,16 +93,10 @@ def build_train_transform(augmentation: Augmentation, image_processor: BaseImage
         return partial(_process, image_processor=image_processor)
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
-    names = ("scale", "ratio", "hflip", "auto_augment", "re_prob", "re_mode", "re_count")
-    return create_transform(
-        input_size=(3, height, width),
-        is_training=True,
-        color_jitter=augmentation.color_jitter or None,
-        interpolation="bicubic",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-        **{name: getattr(augmentation, name) for name in names},
-    )
+    arguments = {name: value for name, value in asdict(augmentation).items() if name not in ("size", *MIXUP_FIELDS)}
+    arguments |= {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
+    arguments |= {"is_training": True, "color_jitter": None, "interpolation": "bicubic"}
+    return create_transform((3, height, width), **arguments)
 
 
 def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
@@ -128,19 +107,13 @@ def build_mixup(augmentation: Augmentation, num_labels: int) -> Mixup | None:
     """timm's Mixup and CutMix, or `None` where both are off. The model does the label smoothing."""
     if augmentation.mixup_alpha == 0 and augmentation.cutmix_alpha == 0:
         return None
-    names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
-    settings = {name: getattr(augmentation, name) for name in names}
+    settings = {name: getattr(augmentation, name) for name in MIXUP_FIELDS}
     return Mixup(**settings, label_smoothing=0.0, num_classes=num_labels)
 
 
-# ---- Collation
-
-
-def pixels_of(
-    images: Iterable[Image.Image], image_processor: BaseImageProcessor, transform: Transform | None = None
-) -> Tensor:
+def pixels_of(examples: list[Example], image_processor: BaseImageProcessor, transform: Transform | None) -> Tensor:
     """Makes `pixel_values` by the transform, a training augmentation, or without one by the image processor."""
-    images = [image.convert("RGB") for image in images]
+    images = [example["image"].convert("RGB") for example in examples]
     if transform is not None:
         return torch.stack([transform(image) for image in images])
     return image_processor(images, return_tensors="pt")["pixel_values"]
@@ -155,7 +128,7 @@ class ImageCollator:
     mixup: Mixup | None = None
 
     def __call__(self, examples: list[Example]) -> Batch:
-        pixel_values = pixels_of((example["image"] for example in examples), self.image_processor, self.transform)
+        pixel_values = pixels_of(examples, self.image_processor, self.transform)
         labels = torch.tensor([example["label"] for example in examples])
         if self.mixup is not None:
             pixel_values, labels = self.mixup(pixel_values, labels)
@@ -165,17 +138,11 @@ class ImageCollator:
 @dataclass
 class CaptionCollator:
     """Makes batches of `labels`, padded to the tokenizer's `model_max_length`, and `image_features` or `pixel_values`.
-
     With a `transform`, as in training, one of an image's captions and one of the views of its features are drawn at
-    random. Without it, as in evaluation, the first are taken.
-    """
+    random. Without it, as in evaluation, the first are taken."""
 
     processor: TDDProcessor
     transform: Transform | None = None
-
-    def __post_init__(self):
-        if self.processor.tokenizer.model_max_length > LARGE_INTEGER:
-            raise ValueError("Set `tokenizer.model_max_length` to the model's `max_position_embeddings`.")
 
     def __call__(self, examples: list[Example]) -> Batch:
         tokenizer = self.processor.tokenizer
@@ -184,8 +151,7 @@ class CaptionCollator:
         padding = (0, tokenizer.model_max_length - labels.shape[1])
         labels = nn.functional.pad(labels, padding, value=tokenizer.pad_token_id)
         if "image" in examples[0]:
-            images = (example["image"] for example in examples)
-            pixel_values = pixels_of(images, self.processor.image_processor, self.transform)
+            pixel_values = pixels_of(examples, self.processor.image_processor, self.transform)
             return {"pixel_values": pixel_values, "labels": labels}
         features = [example["image_features"] for example in examples]
         features = [self._choose(views) if views.ndim == 3 else views for views in features]
@@ -209,18 +175,16 @@ class WordCollator:
     def __call__(self, examples: list[Example]) -> Batch:
         labels = torch.zeros(len(examples), len(self.index))
         for row, example in zip(labels, examples):
-            present = set().union(*map(words_of, example["captions"]))
-            row[[self.index[word] for word in present if word in self.index]] = 1
-        images = (example["image"] for example in examples)
-        return {"pixel_values": pixels_of(images, self.image_processor, self.transform), "labels": labels}
+            row[[self.index[word] for word in words_of(example["captions"]) if word in self.index]] = 1
+        return {"pixel_values": pixels_of(examples, self.image_processor, self.transform), "labels": labels}
 
 
-def words_of(caption: str) -> set[str]:
-    """The words of a caption without punctuation. A hyphenated word such as "medium-light" is one word."""
-    return set(re.findall(r"\w+(?:[-'’]\w+)*", caption.lower()))
+def words_of(captions: Sequence[str]) -> set[str]:
+    """The words of captions without punctuation. A hyphenated word such as "medium-light" is one word."""
+    return set(re.findall(r"\w+(?:[-'’]\w+)*", " ".join(captions).lower()))
 
 
 def count_words(captions: Iterable[Sequence[str]], min_count: int) -> dict[str, int]:
     """For each word that is not rare: the number of images in whose captions it occurs. Frequent words are first."""
-    counts = Counter(word for texts in captions for word in set().union(*map(words_of, texts)))
+    counts = Counter(word for texts in captions for word in words_of(texts))
     return {word: count for word, count in counts.most_common() if count >= min_count}

@@ -31,9 +31,9 @@ logger = logging.get_logger(__name__)
 
 
 class SeedCallback(TrainerCallback):
-    """Seeds what the model draws for a device batch by the run's seed and the batch's place in the run. So no random
-    state is carried along: a resumed run draws what the unbroken one would have drawn, and with the same device batch
-    any number of processes draw the same. It also tells the training data which epoch it is."""
+    """Seeds what the model draws for a device batch by the run's seed and the batch's place in the run. So a resumed
+    run draws what the unbroken one would have drawn, and with the same device batch any number of processes draw the
+    same. It also tells the training data which epoch it is."""
 
     def __init__(self):
         self.substep = 0
@@ -56,12 +56,8 @@ class SeedCallback(TrainerCallback):
 
 
 class FiniteStepsCallback(TrainerCallback, ExportableState):
-    r"""
-    Skips a step whose gradient is not finite: no weight and no average changes, in any process.
-
-    Raises:
-        `FloatingPointError`: after more than `max_skipped_steps` such steps in a row. It names the last checkpoint.
-    """
+    """Skips a step whose gradient is not finite: no weight and no average changes, in any process. After more than
+    `max_skipped_steps` in a row it raises a `FloatingPointError` that names the last checkpoint."""
 
     def __init__(self):
         self.skipped = self.skipped_in_a_row = 0
@@ -75,8 +71,7 @@ class FiniteStepsCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
-        # Gradients have been averaged over the processes, so that all decide alike. Optimisers leave weights without
-        # a gradient as they are.
+        # Gradients are means over the processes, so all decide alike. Weights without a gradient stay as they are.
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             self.skipped_in_a_row = 0
@@ -93,7 +88,7 @@ class FiniteStepsCallback(TrainerCallback, ExportableState):
 class StopCallback(TrainerCallback):
     """After SIGTERM or SIGINT the run saves a checkpoint and ends at the end of a step, in all processes together.
 
-    `signal` is then the signal's number. A second signal has its default effect. (Transformers' own
+    `signal` is then its number. The same signal again has its default effect. (Transformers' own
     `enable_jit_checkpoint` waits for seconds, and lets each process stop at a step of its own.)
     """
 
@@ -109,27 +104,23 @@ class StopCallback(TrainerCallback):
             self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        number = int(reduce(torch.tensor(self.signal or 0, device=args.device), "max"))
-        if number:
-            self.signal = number
+        if reduce(torch.tensor(float(self.signal is not None), device=args.device), "sum") > 0:
+            self.signal = self.signal or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        self._restore_handlers()
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
 
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, self.previous[number])
+
 
 class MeterCallback(TrainerCallback):
-    """Measures what each line of the log adds to Trainer's: see [`~TDDTrainer.log`]. [`TDDTrainer`] tells it when a
-    step starts, how long it waited for data, and the losses by timestep."""
+    """Measures what a line of the log adds to Trainer's, see [`~TDDTrainer.log`]. [`TDDTrainer`] sets `start` when a
+    step starts, and adds to `wait`, the seconds spent waiting for data, and to `losses`, the losses by timestep."""
 
     def __init__(self):
         self.start = 0.0
@@ -137,35 +128,22 @@ class MeterCallback(TrainerCallback):
 
     def clear(self) -> None:
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
-        self.loss_sums: torch.Tensor | None = None
+        self.losses: list[torch.Tensor] = []
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.steps += 1
         self.seconds += time.perf_counter() - self.start
 
-    def add_losses(self, loss_sums: torch.Tensor) -> None:
-        """Adds `loss_by_timestep` of [`TDDImageClassifierOutput`], of shape `(num_tenths, 2)`."""
-        loss_sums = loss_sums.detach().float()
-        self.loss_sums = loss_sums if self.loss_sums is None else self.loss_sums + loss_sums
-
-    @staticmethod
-    def _peak_memory() -> int:
-        """The largest number of bytes that this process has held: of a GPU, or resident memory."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
     def values(self, batch_size: int) -> dict[str, float]:
         """The values of a line of the log, and starts the next line. All processes must call it."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         values = {
             "images_per_second": self.steps * batch_size / max(self.seconds, 1e-9),
             "data_wait_share": self.wait / max(self.seconds, 1e-9),
-            "memory_gib": self._peak_memory() / 2**30,
+            "memory_gib": (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory) / 2**30,
         }
-        if self.loss_sums is not None:
-            for tenth, (loss, weight) in enumerate(reduce(self.loss_sums, "sum").tolist()):
-                if weight > 0:
-                    values[f"loss_by_timestep/{tenth}"] = loss / weight
+        sums = reduce(torch.stack(self.losses).sum(0), "sum").tolist() if self.losses else []
+        values |= {f"loss_by_timestep/{tenth}": loss / n for tenth, (loss, n) in enumerate(sums) if n > 0}
         self.clear()
         return values
 

@@ -1,8 +1,6 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Features of a frozen encoder, computed once per image and cached on disk."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,36 +9,30 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, Features, Image, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
-from pyarrow import ArrowInvalid
-from torch import Tensor
 from transformers import BaseImageProcessor
 
 from ..modeling_tdd import TDDModel
-from .batches import DATA, Augmentation, build_train_transform, pixels_of, seed_for
-from .examples import Row
+from .batches import DATA, Augmentation, build_train_transform, seed_for
+from .streaming import Row
 
 
 @dataclass
 class AugmentedViews:
     """Takes the place of the image processor in [`cache_features`], to cache several augmented views of each picture.
-
-    An encoder knows the pictures on which it was trained better than others. A decoder that is trained on several
-    views of them sees features that are more like those of new pictures.
-    """
+    An encoder knows its training pictures better than others: features of views are more like those of new ones."""
 
     augmentation: Augmentation
     image_processor: BaseImageProcessor
     num_views: int
 
 
-ImageEncoding = BaseImageProcessor | AugmentedViews
-
-
+@torch.random.fork_rng(devices=[])  # what comes next draws the same, whether the features had been cached or not
 @torch.inference_mode()
 def cache_features(
     model: TDDModel,
-    image_processor: ImageEncoding,
+    image_processor: BaseImageProcessor | AugmentedViews,
     dataset: Dataset,
     folder: str | Path,
     batch_size: int = 64,
@@ -48,92 +40,69 @@ def cache_features(
     r"""
     Puts the encoder's features, the `pooler_output` of [`TDDModel.get_image_features`], in the place of images. They
     are read from a file of `folder`, whose name is a hash of all that determines them: encoder, image processor or
-    augmentation, and images. If it is missing or broken, it is made. Files of other encoders stay. Neither images nor
-    features have to fit into memory. If there are several processes, let the first one write the file.
+    augmentation, and images. If it is missing, it is made. Neither images nor features have to fit into memory. If
+    there are several processes, let the first one write the file.
 
     Args:
         model ([`TDDModel`]): The model whose encoder is used, on any device.
-        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): The encoder's image processor. The views of a row
-            depend only on their number and that of the row: the seeds of Python, NumPy and PyTorch are set.
+        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): Makes the encoder's input.
         dataset (`Dataset`): A data set with columns `image` and `captions`.
-        folder (`str` or `Path`): Folder of the files.
-        batch_size (`int`): Number of images that are encoded at once.
 
     Returns:
         `Dataset`: rows with `captions` and `image_features`, an array of `np.float16` of shape `(num_tokens, width)`,
         or `(num_views, num_tokens, width)` with [`AugmentedViews`].
     """
-    fingerprint = features_fingerprint(model, image_processor, dataset)
+    has_views = isinstance(image_processor, AugmentedViews)
+    views = image_processor if has_views else AugmentedViews(Augmentation(), image_processor, num_views=1)
+    shape = (*([views.num_views] if has_views else []), -1, model.encoder_hidden_size)
+    fingerprint = features_fingerprint(model, views, dataset)
     file = Path(folder) / f"features-{fingerprint}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_whole(file, len(dataset)):
-        file.unlink(missing_ok=True)
     was_training = model.training
     model.eval()
     features = dataset.select_columns("image").map(  # it writes to a temporary file, which it moves into place
-        partial(_encode, model=model, image_processor=image_processor),
+        partial(_encode, model=model, views=views),
         with_indices=True,
         input_columns="image",
         batched=True,
         batch_size=batch_size,
-        writer_batch_size=batch_size,
         remove_columns="image",
         features=Features({"image_features": Value("binary")}),  # read ten times as fast as a `datasets.Array2D`
         new_fingerprint=fingerprint,
         cache_file_name=str(file),
-        load_from_cache_file=True,
         desc="features",
     )
     model.train(was_training)
-    views = (image_processor.num_views,) if isinstance(image_processor, AugmentedViews) else ()
     rows = concatenate_datasets([features, dataset.select_columns("captions")], axis=1)
-    return rows.with_transform(partial(_decode, shape=(*views, -1, model.encoder_hidden_size)))
+    return rows.with_transform(partial(_decode, shape=shape))
 
 
-def features_fingerprint(model: TDDModel, image_processor: ImageEncoding, dataset: Dataset) -> str:
+def features_fingerprint(model: TDDModel, views: AugmentedViews, dataset: Dataset) -> str:
     """A hash of everything that determines the features: weights, settings, and the bytes of all images in order."""
     vision_config = model.config.vision_config.to_dict()
     for key in ("_name_or_path", "transformers_version"):  # they may differ for the same encoder
         vision_config.pop(key, None)
-    settings = [vision_config, model.config.pooling]
-    if isinstance(image_processor, AugmentedViews):
-        settings += [asdict(image_processor.augmentation), image_processor.num_views]
-        image_processor = image_processor.image_processor
-    settings.append(image_processor.to_dict())
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    hasher = Hasher()
+    hasher.update([vision_config, model.config.pooling, views.image_processor.to_dict()])
+    hasher.update([asdict(views.augmentation), views.num_views])
     for name, weight in model.encoder.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        hasher.update([name, weight])
     for image in dataset.cast_column("image", Image(decode=False))["image"]:
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.hexdigest()
+        hasher.update(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
+    return hasher.hexdigest()
 
 
-def _is_whole(file: Path, num_rows: int) -> bool:
-    try:
-        return len(Dataset.from_file(str(file))) == num_rows
-    except (ArrowInvalid, OSError):
-        return False
-
-
-def _encode(images: list[PILImage.Image], rows: list[int], model: TDDModel, image_processor: ImageEncoding) -> Row:
-    if isinstance(image_processor, AugmentedViews):
-        views = [_augment(images, rows, image_processor, view) for view in range(image_processor.num_views)]
-    else:
-        views = [pixels_of(images, image_processor)]
-    features = [model.get_image_features(view.to(model.device, model.dtype)).pooler_output for view in views]
-    return {"image_features": [array.tobytes() for array in torch.stack(features, dim=1).half().cpu().numpy()]}
-
-
-def _augment(images: list[PILImage.Image], rows: list[int], views: AugmentedViews, view: int) -> Tensor:
+def _encode(images: list[PILImage.Image], rows: list[int], model: TDDModel, views: AugmentedViews) -> Row:
     transform = build_train_transform(views.augmentation, views.image_processor)
-    pixel_values = []
-    for image, row in zip(images, rows):
-        set_seed(seed_for(DATA, row, view))
-        pixel_values.append(transform(image.convert("RGB")))
-    return torch.stack(pixel_values)
+    features = []
+    for view in range(views.num_views):
+        pixel_values = []
+        for image, row in zip(images, rows):
+            set_seed(seed_for(DATA, row, view))
+            pixel_values.append(transform(image.convert("RGB")))
+        pixel_values = torch.stack(pixel_values).to(model.device, model.dtype)
+        features.append(model.get_image_features(pixel_values).pooler_output)
+    return {"image_features": [array.tobytes() for array in torch.stack(features, dim=1).half().cpu().numpy()]}
 
 
 def _decode(batch: Row, shape: tuple[int, ...]) -> Row:

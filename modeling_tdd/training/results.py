@@ -30,32 +30,26 @@ FREE_SETTINGS = ("cpu_threads", "dataloader_", "eval_", "logging_", "max_skipped
 
 def check_same_run(file: Path, run: dict[str, Any]) -> None:
     """Writes a run's settings to `file` when it starts. Raises a `ValueError` if it is resumed with other ones."""
-    settings = _flatten(json.loads(json.dumps(run)))  # as JSON reads them back: a tuple is a list
+    settings = json.loads(json.dumps(dict(_flatten(run))))  # as JSON reads them back: a tuple is a list
     if not file.exists():
         return write_json(file, settings)
     started = json.loads(file.read_text())
-    differences = [
-        f"{name} was {started.get(name)}, is {settings.get(name)}"
-        for name in sorted({*started, *settings})
-        if started.get(name) != settings.get(name)
-    ]
-    if differences:
+    names = sorted(name for name in started.keys() | settings if started.get(name) != settings.get(name))
+    if names:
+        differences = "; ".join(f"{name} was {started.get(name)}, is {settings.get(name)}" for name in names)
         raise ValueError(
-            f"{file.parent} is a run with other settings: {'; '.join(differences)}. Use the same settings, another "
-            "--output-dir, or --restart, which removes the run's checkpoints."
+            f"{file.parent} is a run with other settings: {differences}. Use the same settings, another --output-dir, "
+            "or --restart, which removes the run's checkpoints."
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a.b": 1}` for `{"a": {"b": 1}}`, without the free settings and those of the final table."""
-    flat: dict[str, Any] = {}
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`("a.b", 1)` for `{"a": {"b": 1}}`, without the free settings and those of the final table."""
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{key}.")
-        elif not key.startswith("recipe.evaluation") and not name.startswith(FREE_SETTINGS):
-            flat[key] = value
-    return flat
+        if isinstance(value, dict) and name != "evaluation":
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif name != "evaluation" and not name.startswith(FREE_SETTINGS):
+            yield f"{prefix}{name}", value
 
 
 @contextmanager

@@ -51,8 +51,7 @@ Collator = Callable[[list[Any]], dict[str, Tensor]]
 @dataclass
 class Task:
     """What [`TDDTrainer`] needs: the model, and the part of it that is saved, with its processor; the training data;
-    the data and the metrics of each evaluation split; collators for training and evaluation; and the names of modules
-    that are new in a pretrained model."""
+    data and metrics of each evaluation split; collators; and the modules that are new in a pretrained model."""
 
     model: nn.Module
     saved: PreTrainedModel

@@ -4,6 +4,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,24 @@ class TDDTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=leave_signals_to_the_trainer,
         )
-        # Each process has its own share of a stream, which Accelerate would shard once more.
+        # Each process has its own share of a stream, which Accelerate would divide once more.
         return loader if is_stream else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
+        with self._evaluation_batches():
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
+        with self._evaluation_batches():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_batches(self) -> Iterator[None]:
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self.meter.start = time.perf_counter()
@@ -152,15 +159,13 @@ class TDDTrainer(Trainer):
             self.accelerator.print(f"Stopped by a signal. The same command resumes from {last}.")
         return output
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             # The gradient of a loss that is not finite must not be finite either: it tells all processes.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             if getattr(outputs, "loss_by_timestep", None) is not None:
-                self.meter.add_losses(outputs.loss_by_timestep)
+                self.meter.losses.append(outputs.loss_by_timestep.detach().float())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -214,11 +219,7 @@ class TDDTrainer(Trainer):
         return output
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         # A `PeftModel` has `generate` whatever its base model is.
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
