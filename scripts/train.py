@@ -120,7 +120,8 @@ def main() -> None:
             with state.main_process_first():
                 scores = score_nearest(recipe, output_dir / "features")
             result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
-            write_json(folder / "result.json", result)
+            if state.is_main_process:
+                write_json(folder / "result.json", result)
         else:
             run(recipe, method, seed, folder, args.restart)
     if state.is_main_process:
