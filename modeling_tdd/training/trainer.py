@@ -192,13 +192,11 @@ class TDDTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:  # on a full disk safetensors, PyTorch and Python raise different errors
-            output_dir, step = Path(self.args.output_dir), self.state.global_step
-            free = shutil.disk_usage(output_dir).free / 2**20
-            shutil.rmtree(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to {output_dir}, where {free:.1f} MiB were free: "
-                f"{error}. {describe_last_checkpoint(output_dir)}"
-            ) from error
+            folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            free = f"{shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB were free"
+            shutil.rmtree(folder, ignore_errors=True)
+            last = describe_last_checkpoint(folder.parent)
+            raise OSError(f"{folder} could not be written, where {free}: {error}. {last}") from error
 
     def _load_best_model(self) -> None:
         self._hold_average()  # the best weights are an average, and take the place of this one
