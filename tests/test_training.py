@@ -121,7 +121,7 @@ def test_overrides_change_nested_values():
     assert recipe.training["num_train_epochs"] == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
     assert recipe.training["base_learning_rate"] == 1e-4  # YAML 1.1 would read a string
     assert recipe.training["mixed_precision"] == "no"  # and `False` here
-    assert load_recipe(DIGITS, ["data.streaming=true"]).data.streaming is True
+    assert load_recipe(DIGITS, ["data.streaming=true", "data.path=parquet"]).data.streaming is True
     assert recipe.lora.rank == 4 and load_recipe(DIGITS).lora is None
 
 
@@ -134,7 +134,7 @@ def test_overrides_change_nested_values():
         ("training.num_train_epochs", "must read `section.key=value`, got 'training.num_train_epochs'"),
         ("task=detection", "`task` of .*digits.yaml must be one of classification, captioning, encoder, got 'detect"),
         ("feature_views=2", "Unknown keys in `recipe`: feature_views"),
-        ("data.eval_share=1", r"`data.eval_share` must be in \[0, 1\), got 1"),
+        ("data.eval_share=1", r"`data.eval_share` must be 0, or in \(0, 1\) .*, got 1"),
         ("lora={rank: 0}", "`lora.rank` must be at least 1, got 0"),
         ("lora={rank: 1, target: head}", "`lora.target` must be one of denoiser, encoder, all, got 'head'"),
         ("checkpoint=some", "`image_processor` must be empty: the checkpoint or the encoder brings its own"),
