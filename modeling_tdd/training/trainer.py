@@ -36,8 +36,8 @@ class TDDTrainer(Trainer):
     r"""
     `Trainer` with what training a diffusion model on images needs beside it:
 
-    - The moving average of the weights ([`AveragedAdamW`]) is what is evaluated, saved and pushed. After `train` the
-      model holds it. Checkpoints have the weights that train too.
+    - The moving average of the weights ([`AveragedAdamW`]) is evaluated, saved and pushed. After `train` the model
+      holds it. Checkpoints have the weights that train too.
     - Order, augmentation and noise depend only on the seed and on the place in training. So a run that was killed and
       resumed ends with the same weights as an unbroken one, and one process with the same weights as two.
     - A step that is not finite is skipped and counted, SIGTERM and SIGINT save a checkpoint and end the run.
@@ -45,10 +45,8 @@ class TDDTrainer(Trainer):
 
     Args:
         args ([`TDDTrainingArguments`]): The settings.
-        train_dataset (`datasets.Dataset`, `Sequence` or [`ImageStream`]): Examples for `data_collator`.
-        data_collator (`Callable`): Makes training batches, see `batches.py`.
-        eval_collator (`Callable`, *optional*): Makes evaluation batches. By default `data_collator`.
-        callbacks, kwargs: As in `Trainer`.
+        eval_collator (`Callable`, *optional*): Makes evaluation batches. By default `data_collator`, see `batches.py`.
+        kwargs: As in `Trainer`. `train_dataset` may be an [`ImageStream`] too.
 
     Attributes:
         settings (`dict`): Arguments of the model in evaluations, such as `num_inference_steps`: of `generate` or, for
@@ -57,14 +55,7 @@ class TDDTrainer(Trainer):
 
     Raises:
         `ValueError`: for an averaged optimiser other than AdamW, or fewer training examples than a batch.
-
-    Example:
-
-    ```python
-    >>> trainer = TDDTrainer(model, args, train_dataset=data, data_collator=ImageCollator(image_processor))
-    >>> trainer.train()
-    >>> trainer.save_model("published")  # saves the average
-    ```"""
+    """
 
     args: TDDTrainingArguments
 
