@@ -194,6 +194,7 @@ def test_script_for_a_named_machine_agrees_with_its_formula(monkeypatch, capsys)
 
 
 def test_script_for_a_captioner_on_a_pretrained_encoder(monkeypatch, capsys, vision_config, tmp_path):
+    vision_config.intermediate_size = 4096  # so that its parameters count in millions
     vision_config.save_pretrained(tmp_path)
     ViTImageProcessor().save_pretrained(tmp_path)
     changes = [f"encoder={tmp_path}", "tokenizer.vocab_size=1000", "augmentation.size=16"]
