@@ -16,10 +16,10 @@ from PIL import Image
 from transformers import AutoConfig
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification
+from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.batches import build_train_transform
-from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
 from modeling_tdd.training.recipe import Recipe, load_recipe
 from modeling_tdd.training.tasks import load_image_processor
 

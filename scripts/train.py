@@ -42,8 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> None:
-    """Trains a model, saves it to `folder`, and writes its scores to `folder/result.json`. Checkpoints and the log are
-    beside it in `<folder>-training`, since `folder` is replaced as a whole."""
+    """Trains a model, and saves it with its scores to `folder`. Checkpoints and log are in `<folder>-training`."""
     training_folder = folder.with_name(f"{folder.name}-training")
     args = TDDTrainingArguments(**{"output_dir": str(training_folder), "seed": seed, **recipe.training})
     result = {"method": method, "seed": seed, "recipe": recipe.to_dict()}

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessor
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
-from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
+from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.recipe import load_recipe
 
 

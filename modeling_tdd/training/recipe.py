@@ -16,14 +16,11 @@ from .lora import LoraRecipe
 
 @dataclass
 class EvaluationRecipe:
-    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none).
-
-    Settings are chosen on the first split, so that only it needs all numbers of steps: other splits have
-    `test_inference_steps`, if they are given.
-    """
+    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none)."""
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])
+    # Settings are chosen on the first split, so that only it needs all of them: the numbers of steps for the others
     test_inference_steps: list[int] | None = None
 
     def grid(self, is_first_split: bool) -> list[dict[str, Any]]:

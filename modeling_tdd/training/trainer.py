@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .arguments import TDDTrainingArguments
@@ -64,18 +64,18 @@ class TDDTrainer(Trainer):
         model: nn.Module,
         args: TDDTrainingArguments,
         eval_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         self.finite_steps, self.stop, self.meter = FiniteStepsCallback(), StopCallback(), MeterCallback()
         ours = [SeedCallback(), self.finite_steps, self.stop, self.meter]
+        callbacks = [*(kwargs.pop("callbacks", None) or []), *ours]
         if args.ema_decay > 0:
             if args.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"`optim` must be 'adamw_torch' to average the weights, got {args.optim.value!r}.")
             _, settings = self.get_optimizer_cls_and_kwargs(args)
             settings |= {"average_decay": args.ema_decay, "average_warmup": args.ema_warmup}
             kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, settings)
-        super().__init__(model, args, callbacks=[*(callbacks or []), *ours], **kwargs)
+        super().__init__(model, args, callbacks=callbacks, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
