@@ -57,8 +57,6 @@ class TDDTrainer(Trainer):
         `ValueError`: for an averaged optimiser other than AdamW, or fewer training examples than a batch.
     """
 
-    args: TDDTrainingArguments
-
     def __init__(
         self,
         model: nn.Module,
