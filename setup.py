@@ -15,6 +15,7 @@ TRAIN = [
     "evaluate>=0.4.6",
     "peft>=0.17",
     "pyyaml>=6.0",
+    "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
     "tensorboard>=2.16",
     "timm>=1.0.15",

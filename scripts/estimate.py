@@ -7,99 +7,74 @@
 """
 
 import argparse
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from benchmark import time_in_turns
-from transformers import AutoConfig, ViTImageProcessor
+from PIL import Image
+from transformers import AutoConfig
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification
-from modeling_tdd.training.cost import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, Model, StepCost, training_cost
-from modeling_tdd.training.recipe import load_recipe
+from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.averaging import AveragedAdamW
+from modeling_tdd.training.batches import build_train_transform
+from modeling_tdd.training.recipe import Recipe, load_recipe
+from modeling_tdd.training.tasks import load_image_processor
 
 
 # Number and name of devices, and the peak of one in bf16
 MACHINES = {"h100x8": (8, "H100 80 GB SXM", 989e12), "a100x8": (8, "A100 80 GB SXM", 312e12)}
 
 
-def make_model(recipe: Any) -> Model:
-    """The model that the recipe trains, on the meta device. A `ValueError` says what is missing."""
-    if recipe.task == "encoder":
-        raise ValueError("This is a recipe for an encoder: give one for a classifier or a captioner.")
+def make_model(recipe: Recipe, recipe_folder: Path) -> Model:
+    """The model that the recipe trains, on the meta device. `SystemExit` says what is missing."""
+    if recipe.task == "encoder" or recipe.lora is not None or recipe.checkpoint is not None:
+        raise SystemExit("Give a recipe for a classifier or a captioner, without `checkpoint` and `lora`.")
     fields = dict(recipe.model)
     if recipe.encoder is not None:
-        encoder = AutoConfig.from_pretrained(recipe.encoder)
+        try:
+            encoder = AutoConfig.from_pretrained(recipe.encoder)
+        except OSError as error:  # our own encoders are in outputs/<name of the recipe>
+            recipes = [recipe_folder / f"{part}.yaml" for part in Path(recipe.encoder).parts]
+            commands = [f"Train it first: python scripts/train.py {path}" for path in recipes if path.exists()]
+            raise SystemExit(f"There is no encoder {recipe.encoder}. {commands[0] if commands else error}") from error
         fields["vision_config"] = getattr(encoder, "vision_config", encoder)
     if recipe.task == "captioning":
         model_class, key, size = TDDForCaptioning, "tokenizer.vocab_size", recipe.tokenizer.get("vocab_size")
         fields.update(vocab_size=size, pad_token_id=0, eos_token_id=2)
     else:
         model_class, key, size = TDDForImageClassification, "data.num_labels", recipe.data.num_labels
-        fields.update(num_labels=size)
-    if size is None:
-        raise ValueError(f"The recipe lacks `{key}`, which depends on the data: give `--set {key}=NUMBER`.")
+        fields["num_labels"] = size
+    for name, value in {key: size, "training.batch_size": recipe.training.get("batch_size")}.items():
+        if value is None:
+            raise SystemExit(f"The recipe lacks `{name}`: give `--set {name}=NUMBER`.")
     with torch.device("meta"):
         return model_class(TDDConfig(**fields))
 
 
-def view_size(recipe: Any, config: TDDConfig) -> tuple[int, int]:
-    """Height and width of the training views."""
-    size = recipe.augmentation.size or getattr(config.vision_config, "image_size", None)
-    if isinstance(size, int):
-        return size, size
-    processor = ViTImageProcessor(**recipe.image_processor)
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    return size["height"], size["width"]
-
-
-def measure_step(model: Model, image_size: tuple[int, int], images: int, clock: Callable[[], float]) -> float:
+def measure_step(model: Model, images: int, size: tuple[int, int], args: TDDTrainingArguments) -> float:
     """Seconds of a training step with one device batch, in float32, of a new model that is configured as `model`."""
-    device, config = "cuda" if torch.cuda.is_available() else "cpu", model.config
+    config, device = model.config, args.device
     model = type(model)(config).to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    optimizer_class = AveragedAdamW if args.ema_decay > 0 else torch.optim.AdamW
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], fused=True)
     shape = (images,) if config.vocab_size is None else (images, config.max_position_embeddings)
     batch = {"labels": torch.randint(config.num_categories, shape, device=device)}
-    batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *image_size, device=device)
+    batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *size, device=device)
     if config.freeze_encoder:  # training reads the features from disk
         batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
-
-    def step() -> None:
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
-
-    return time_in_turns({"step": step}, repeats=5, clock=clock)["step"]
-
-
-def print_cost(cost: StepCost, images: int, devices: int, dtype: torch.dtype) -> None:
-    """Parameters, operations and memory."""
-    for part, count in cost.parameters.items():
-        print(f"{part}: {count / 1e6:.1f} M parameters, {cost.per_image[part] / 1e9:.3f} GFLOP per image forward")
-    print(f"all: {sum(cost.parameters.values()) / 1e6:.1f} M parameters, {cost.trainable / 1e6:.1f} M are trained")
-    for way, memory in {"DDP": cost.memory(images), "FSDP2": cost.memory(images, devices)}.items():
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-        print(f"{way} over {devices}, {images} images each: {sum(memory.values()) / 2**30:.2f} GiB each ({parts})")
-    print(f"bytes per parameter: {WEIGHT_BYTES} weight, {GRADIENT_BYTES} gradient, {OPTIMIZER_BYTES} AdamW and EMA")
-    print(f"activations: what autograd keeps in {dtype}")
-
-
-def print_time(recipe: Any, cost: StepCost, images: int, devices: int, rate: float) -> None:
-    """The time, with its formula, where each device does `rate` operations per second."""
-    batch_size, epochs = recipe.training["batch_size"], recipe.training["num_train_epochs"]
-    accumulation = max(1, batch_size // (images * devices))
-    seconds = accumulation * cost.operations(images) / rate
-    per_image, per_batch = sum(cost.per_image.values()) / 1e9, cost.per_batch / 1e9
-    print("step = accumulation x (images x GFLOP per image + GFLOP per device batch) / GFLOP/s, forward and backward")
-    print(f"     = {accumulation} x ({images} x {per_image:.3f} + {per_batch:.3f}) / {rate / 1e9:.4g}")
-    print(f"     = {seconds:.4g} s for {images * accumulation * devices} images")
-    if recipe.data.num_examples is not None:
-        steps = int(epochs * (recipe.data.num_examples // batch_size))
-        print(f"training = {epochs} epochs = {steps} steps = {steps * seconds / 3600:.2f} hours, without evaluations")
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def main() -> None:
@@ -111,22 +86,36 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.batch_size=512")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, args.set)
-    model = make_model(recipe)
-    size = view_size(recipe, model.config)
+    model = make_model(recipe, args.recipe.parent)
+    make_view = build_train_transform(recipe.augmentation, load_image_processor(recipe))
+    size = make_view(Image.new("RGB", (64, 64))).shape[-2:]
     devices, name, peak = MACHINES[args.machine]
     devices, dtype = (1, torch.float32) if args.measure else (devices, torch.bfloat16)
-    images = recipe.training.get("device_batch_size") or max(1, recipe.training["batch_size"] // devices)
-    cost = training_cost(model, size, dtype)
-    print_cost(cost, images, devices, dtype)
+    batch_size = recipe.training["batch_size"]
+    images = recipe.training.get("device_batch_size") or max(1, batch_size // devices)
+    operations, activations = training_cost(model, images, size, dtype)
+    total, trained = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
+    print(f"{total:.1f} M parameters, {trained:.1f} M are trained")
+    print(f"{operations / images / 1e9:.3f} GFLOP per image, forward and backward")
+    ddp, fsdp = (device_memory(model, activations, shards) / 2**30 for shards in (1, devices))
+    print(f"{images} images on each device: {ddp:.2f} GiB with DDP, {fsdp:.2f} GiB with FSDP2 over {devices},")
+    print(f"    of these {activations / 2**30:.2f} GiB are activations in {dtype}, the rest is float32")
     if args.measure:
-        torch.set_num_threads(recipe.training.get("cpu_threads") or torch.get_num_threads())
-        rate = cost.operations(images) / measure_step(model, size, images, time.perf_counter)
+        settings = TDDTrainingArguments(**{**recipe.training, "mixed_precision": "no"})
+        rate = operations / measure_step(model, images, size, settings)
         print("this machine: measured now, in float32")
     else:
         rate = peak / 3
-        print(f"{devices} x {name}: {rate / 1e12:.0f} TFLOP/s each, a third of the peak (assumed, not measured).")
-        print("Communication, waiting for data and updates of the weights are assumed to take no time.")
-    print_time(recipe, cost, images, devices, rate)
+        print(f"{devices} x {name}: {rate / 1e12:.0f} TFLOP/s each, a third of the peak (assumed, not measured)")
+    batches = max(1, batch_size // (images * devices))
+    seconds = batches * operations / rate
+    print("step = batches on each device x GFLOP of one / GFLOP/s")
+    print(f"     = {batches} x {operations / 1e9:.3f} / {rate / 1e9:.4g} = {seconds:.4g} s")
+    if recipe.data.num_examples is not None:
+        epochs = recipe.training.get("num_train_epochs", TDDTrainingArguments.num_train_epochs)
+        steps = int(epochs * (recipe.data.num_examples // batch_size))
+        print(f"training = {epochs} epochs = {steps} steps = {steps * seconds / 3600:.2f} hours")
+        print("Evaluations, communication and waiting for data come on top.")
 
 
 if __name__ == "__main__":

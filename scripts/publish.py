@@ -24,9 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="a run folder, such as outputs/emoji/tdd-seed0")
     parser.add_argument("--repo-id", help="USER/NAME on the Hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
-    parser.add_argument(
-        "--runs", nargs="+", type=Path, help="folders of other seeds and of baselines; default: those beside it"
-    )
+    parser.add_argument("--runs", nargs="+", type=Path, help="other seeds and baselines; default: those beside it")
     parser.add_argument("--dry-run", action="store_true", help="only write the card into the folder")
     args = parser.parse_args()
     if args.repo_id is None and not args.dry_run:

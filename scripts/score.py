@@ -22,7 +22,7 @@ from typing import Any
 from modeling_tdd.evaluation.step_curves import plot_scores, read_results, score_tables
 
 
-ONLY_WITH_DATA = ("split", "num_images", "steps", "guidance", "without_noise", "coco", "batch_size", "output")
+ONLY_WITH_DATA = ("split", "num_images", "steps", "guidance", "without_noise", "coco", "output")
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,10 +36,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--guidance", nargs="+", type=float, help="guidance scales; default: 1, no guidance")
     parser.add_argument("--without-noise", action="store_true", help="repeat it with the noise replaced by zeros")
     parser.add_argument("--coco", action="store_true", help="BLEU-4 and CIDEr of captions too")
-    parser.add_argument("--batch-size", type=int, help="images per batch; default: 64")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores as JSON")
     args = parser.parse_args()
-    unused = [f"--{name.replace('_', '-')}" for name in ONLY_WITH_DATA if getattr(args, name) not in (None, False)]
+    unused = [f"--{name.replace('_', '-')}" for name in ONLY_WITH_DATA if getattr(args, name)]
     if args.data is None and unused:
         parser.error(f"{', '.join(unused)} need --data")
     if args.data is not None and args.split is None and not Path(args.data).is_file():
@@ -69,7 +68,6 @@ def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for steps in args.steps or [10]
             ],
             metrics=["coco_captions"] if args.coco else [],
-            batch_size=args.batch_size or 64,
             compare_without_noise=args.without_noise,
         )
         for checkpoint in args.paths

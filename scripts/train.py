@@ -42,8 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> None:
-    """Trains a model, saves it to `folder`, and writes its scores to `folder/result.json`. Checkpoints and the log are
-    beside it in `<folder>-training`, since `folder` is replaced as a whole."""
+    """Trains a model, and saves it with its scores to `folder`. Checkpoints and log are in `<folder>-training`."""
     training_folder = folder.with_name(f"{folder.name}-training")
     args = TDDTrainingArguments(**{"output_dir": str(training_folder), "seed": seed, **recipe.training})
     result = {"method": method, "seed": seed, "recipe": recipe.to_dict()}
@@ -116,14 +115,12 @@ def main() -> None:
     for (method, seed), folder in folders.items():
         if (folder / "result.json").exists():
             state.print(f"{folder} is done already.")
-        elif method == "nearest":
-            with state.main_process_first():
-                scores = score_nearest(recipe, output_dir / "features")
-            result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
-            if state.is_main_process:
-                write_json(folder / "result.json", result)
-        else:
+        elif method != "nearest":
             run(recipe, method, seed, folder, args.restart)
+        elif state.is_main_process:
+            scores = score_nearest(recipe, output_dir / "features")
+            result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
+            write_json(folder / "result.json", result)
     if state.is_main_process:
         tables = score_tables(read_results(folders.values()))
         (output_dir / "results.md").write_text(tables + "\n")

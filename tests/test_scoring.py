@@ -125,7 +125,7 @@ def test_script_scores_captions_with_and_without_noise(
     make_data("captions", references, [Value("string")]).to_parquet(tmp_path / "held_out.parquet")
     monkeypatch.chdir(tmp_path)
 
-    arguments = ["captioner", "--data", "held_out.parquet", "--steps", "2", "4", "--batch-size", "3"]
+    arguments = ["captioner", "--data", "held_out.parquet", "--steps", "2", "4"]
     run_script(monkeypatch, *arguments, "--without-noise", "--output", "deep/scores.json", "--plot", "steps.png")
     output = capsys.readouterr().out
     assert output.startswith("6 images of held_out.parquet, in %:") and "### held_out" in output
@@ -151,7 +151,7 @@ def test_script_refuses_arguments_without_effect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["run", "--without-noise", "--batch-size", "3"], "--without-noise, --batch-size need --data"),
+        (["run", "--without-noise", "--num-images", "3"], "--num-images, --without-noise need --data"),
         (["run", "--data", str(tmp_path)], "is no file, so it needs --split"),
     ):
         with pytest.raises(SystemExit):

@@ -16,27 +16,8 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class TDDTrainingArguments(TrainingArguments):
-    r"""
-    The settings of [`TDDTrainer`]: all of `TrainingArguments`, some with another default, and these.
-
-    Args:
-        batch_size (`int`, *optional*): Images per optimiser step, over all processes and accumulation steps.
-            `per_device_train_batch_size` and `gradient_accumulation_steps` follow from it.
-        device_batch_size (`int`, *optional*): With `batch_size`: images that fit on a device at once.
-        base_learning_rate (`float`, *optional*): With `batch_size`: the learning rate at a batch size of 256, in place
-            of `learning_rate`. It scales linearly with the batch size (Goyal et al., 2017).
-        mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`: bf16 where the hardware is fast at it.
-        ema_decay (`float`): Decay of the moving average of the weights, in [0, 1). The average is what is evaluated
-            and saved. 0 keeps none.
-        ema_warmup (`bool`): Whether the decay grows up to `ema_decay` with the steps, see [`AveragedAdamW`] (ours).
-            The paper's is constant.
-        max_skipped_steps (`int`): Number of steps in a row that may be skipped because the loss or its gradient is not
-            finite.
-        cpu_threads (`int`, *optional*): Threads of each process on the CPU. A small network is fastest with one.
-
-    Raises:
-        `ValueError`: if `batch_size` is not a whole number of device batches, or a setting is out of its range.
-    """
+    """The settings of [`TDDTrainer`]: all of `TrainingArguments`, some with another default, and these of ours. Raises
+    a `ValueError` if `batch_size` is not a whole number of device batches, or a setting is out of its range."""
 
     lr_scheduler_type: SchedulerType | str = "cosine"
     max_grad_norm: float = 3.0
@@ -48,14 +29,19 @@ class TDDTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(
         default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
     )
+    # Images per optimiser step, over all processes and accumulation steps. `per_device_train_batch_size` and
+    # `gradient_accumulation_steps` follow from it, and from the number of images that fit on a device at once.
     batch_size: int | None = None
     device_batch_size: int | None = None
+    # With `batch_size`: the learning rate at a batch size of 256, with which it scales (Goyal et al., 2017).
     base_learning_rate: float | None = None
-    mixed_precision: str = "auto"
+    mixed_precision: str = "auto"  # "no", "bf16", "fp16", or "auto": bf16 where the hardware is fast at it
+    # Decay of the moving average of the weights, which is evaluated and saved. 0 keeps none. Whether the decay grows
+    # with the steps is ours, see `AveragedAdamW`; the paper's is constant.
     ema_decay: float = 0.9999
     ema_warmup: bool = True
-    max_skipped_steps: int = 10
-    cpu_threads: int | None = None
+    max_skipped_steps: int = 10  # in a row, because the loss or its gradient is not finite
+    cpu_threads: int | None = None  # of each process; a small network is fastest with one
 
     def __post_init__(self):
         self._check()

@@ -13,9 +13,9 @@ class AveragedAdamW(torch.optim.AdamW):
     r"""
     AdamW whose state holds the moving average of the weights (the paper's appendix A.3).
 
-    The average is part of the optimiser's state. So whatever saves, loads, shards (FSDP2) or skips the optimiser does
-    the same with the average. `eval()` exchanges the weights of the model and the average, and `train()` exchanges
-    them back: `Trainer` and Accelerate call both, as they do for schedule-free optimisers.
+    So whatever saves, loads, shards (FSDP2) or skips the optimiser does the same with the average. `eval()` exchanges
+    it with the model's weights, and `train()` exchanges them back: `Trainer` and Accelerate call both, as they do for
+    schedule-free optimisers.
 
     Args:
         params (`Iterable`): Parameters or parameter groups, in float32.
@@ -67,19 +67,12 @@ class AveragedAdamW(torch.optim.AdamW):
                 update([self.state[p]["other_weights"] for p in weights], weights, None)
         return loss
 
-    def train(self) -> None:
-        """Gives the model the weights that train."""
-        self._hold_average(False)
-
-    def eval(self) -> None:
-        """Gives the model the average of its weights, to be evaluated or saved."""
-        self._hold_average(True)
-
     @torch.no_grad()
-    def _hold_average(self, wanted: bool) -> None:
+    def train(self, mode: bool = True) -> None:
+        """Gives the model the weights that train or, with `mode=False`, the average, to be evaluated or saved."""
         for group in self.param_groups:
-            if group["holds_average"] != wanted:
-                group["holds_average"] = wanted
+            if group["holds_average"] == mode:
+                group["holds_average"] = not mode
                 for p in group["params"]:
                     # The average while the model trains, and the weights that train while it holds the average
                     other = self.state.get(p, {}).get("other_weights")
@@ -87,3 +80,6 @@ class AveragedAdamW(torch.optim.AdamW):
                         kept = p.clone()
                         p.copy_(other)
                         other.copy_(kept)
+
+    def eval(self) -> None:
+        self.train(False)

@@ -35,8 +35,7 @@ class SeedCallback(TrainerCallback):
     run draws what the unbroken one would have drawn, and with the same device batch any number of processes draw the
     same. It also tells the training data which epoch it is."""
 
-    def __init__(self):
-        self.substep = 0
+    substep = 0
 
     def on_epoch_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
@@ -59,8 +58,7 @@ class FiniteStepsCallback(TrainerCallback, ExportableState):
     """Skips a step whose gradient is not finite: no weight and no average changes, in any process. After more than
     `max_skipped_steps` in a row it raises a `FloatingPointError` that names the last checkpoint."""
 
-    def __init__(self):
-        self.skipped = self.skipped_in_a_row = 0
+    skipped = skipped_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}}
@@ -157,8 +155,7 @@ class ShortProgressCallback(ProgressCallback):
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The latest checkpoint that `Trainer` finished writing, or `None`. Transformers' own `get_last_checkpoint` may
-    return one that a killed process was still writing, from which resuming fails."""
+    """The latest checkpoint that `Trainer` finished writing. Transformers' `get_last_checkpoint` may name another."""
     for folder in reversed(sort_checkpoints(str(output_dir))):
         try:
             json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())  # `Trainer` writes this file last
@@ -174,10 +171,8 @@ def describe_last_checkpoint(output_dir: str | Path) -> str:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Makes a data worker ignore signals that go to all processes of a run: its data are needed for the last step.
-
-    The worker obeys only the SIGTERM of the trainer, which ends its workers so.
-    """
+    """Makes a data worker ignore signals that go to all processes of a run, since its data are needed for the last
+    step. It obeys only the SIGTERM of the trainer, which ends its workers so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -28,25 +28,19 @@ class AugmentedViews:
     num_views: int
 
 
+ImageEncoding = BaseImageProcessor | AugmentedViews
+
+
 @torch.random.fork_rng(devices=[])  # what comes next draws the same, whether the features had been cached or not
 @torch.inference_mode()
 def cache_features(
-    model: TDDModel,
-    image_processor: BaseImageProcessor | AugmentedViews,
-    dataset: Dataset,
-    folder: str | Path,
-    batch_size: int = 64,
+    model: TDDModel, image_processor: ImageEncoding, dataset: Dataset, folder: str | Path, batch_size: int = 64
 ) -> Dataset:
     r"""
-    Puts the encoder's features, the `pooler_output` of [`TDDModel.get_image_features`], in the place of images. They
-    are read from a file of `folder`, whose name is a hash of all that determines them: encoder, image processor or
-    augmentation, and images. If it is missing, it is made. Neither images nor features have to fit into memory. If
-    there are several processes, let the first one write the file.
-
-    Args:
-        model ([`TDDModel`]): The model whose encoder is used, on any device.
-        image_processor (`BaseImageProcessor` or [`AugmentedViews`]): Makes the encoder's input.
-        dataset (`Dataset`): A data set with columns `image` and `captions`.
+    Puts the encoder's features, the `pooler_output` of [`TDDModel.get_image_features`], in the place of a data set's
+    images. They are read from a file of `folder`, whose name is a hash of all that determines them: encoder, image
+    processor or augmentation, and images. If it is missing, it is made. Neither images nor features have to fit into
+    memory. If there are several processes, let the first one write the file.
 
     Returns:
         `Dataset`: rows with `captions` and `image_features`, an array of `np.float16` of shape `(num_tokens, width)`,

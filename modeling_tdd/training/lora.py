@@ -10,11 +10,7 @@ from ..modeling_tdd import TDDPreTrainedModel
 DENOISER = r"denoiser\.layers\.\d+\.attention\.(q_proj|v_proj)"
 # The names that vision models of Transformers and timm give to the projections to queries and values
 ENCODER = r"encoder\..*\.(q_proj|v_proj|query|value|q_lin|v_lin|qkv)"
-TARGETS = {
-    "denoiser": rf".*\b{DENOISER}",
-    "encoder": rf".*\b{ENCODER}",
-    "all": rf".*\b({DENOISER}|{ENCODER})",
-}
+TARGETS = {"denoiser": rf".*\b{DENOISER}", "encoder": rf".*\b{ENCODER}", "all": rf".*\b({DENOISER}|{ENCODER})"}
 
 
 @dataclass

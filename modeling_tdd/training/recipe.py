@@ -1,12 +1,12 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Recipes: all settings of a training run, read from YAML."""
 
-import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from .arguments import TDDTrainingArguments
 from .batches import Augmentation
@@ -16,14 +16,11 @@ from .lora import LoraRecipe
 
 @dataclass
 class EvaluationRecipe:
-    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none).
-
-    Settings are chosen on the first split, so that only it needs all numbers of steps: other splits have
-    `test_inference_steps`, if they are given.
-    """
+    """The settings of the final table: all pairs of a number of denoising steps and a guidance scale (1.0: none)."""
 
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])
+    # Settings are chosen on the first split, so that only it needs all of them: the numbers of steps for the others
     test_inference_steps: list[int] | None = None
 
     def grid(self, is_first_split: bool) -> list[dict[str, Any]]:
@@ -34,40 +31,20 @@ class EvaluationRecipe:
 
 @dataclass
 class Recipe:
-    r"""
-    All settings of a training run.
+    """All settings of a training run. Ids are those of the Hub; folders start at the working directory."""
 
-    Args:
-        name (`str`): The name of the recipe's file without its ending.
-        data ([`LabelData`] or [`CaptionData`]): Which images to learn from.
-        task (`str`): `"classification"`, `"captioning"`, or `"encoder"`: an image encoder that learns the words of
-            captions.
-        model (`dict`): Fields of [`TDDConfig`].
-        checkpoint (`str`, *optional*): Id or folder of a TDD model to start from. It brings its processor.
-        encoder (`str`, *optional*): Id or folder of a pretrained vision model to start from. It brings its image
-            processor. With `model.freeze_encoder` a captioner's features are computed once.
-        image_processor (`dict`): Arguments of `ViTImageProcessor`, where neither a checkpoint nor an encoder has one.
-        tokenizer (`dict`): Arguments of [`train_tokenizer`], for a captioner without a checkpoint.
-        feature_views (`int`): Number of augmented views of each training picture whose features a captioner with a
-            frozen encoder caches.
-        lora ([`LoraRecipe`], *optional*): Trains adapters instead of all weights.
-        augmentation ([`Augmentation`]): How training views differ from the images.
-        training (`dict`): Fields of [`TDDTrainingArguments`].
-        evaluation ([`EvaluationRecipe`]): The settings of the final table.
-    """
-
-    name: str
+    name: str  # of the recipe's file, without its ending
     data: LabelData | CaptionData
-    task: str = "classification"
-    model: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    encoder: str | None = None
-    image_processor: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
-    feature_views: int = 1
-    lora: LoraRecipe | None = None
+    task: str = "classification"  # or "captioning", or "encoder": one that learns the words of captions
+    model: dict[str, Any] = field(default_factory=dict)  # fields of `TDDConfig`
+    checkpoint: str | None = None  # id or folder of a TDD model to start from, with its processor
+    encoder: str | None = None  # id or folder of a pretrained vision model to start from, with its image processor
+    image_processor: dict[str, Any] = field(default_factory=dict)  # arguments of `ViTImageProcessor`, if there is none
+    tokenizer: dict[str, Any] = field(default_factory=dict)  # arguments of `train_tokenizer`, if there is none
+    feature_views: int = 1  # with `model.freeze_encoder`: cached augmented views of each training picture
+    lora: LoraRecipe | None = None  # trains adapters in place of all weights
     augmentation: Augmentation = field(default_factory=Augmentation)
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # fields of `TDDTrainingArguments`
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
     def __post_init__(self):
@@ -93,19 +70,7 @@ TASKS: dict[str, tuple[type, tuple[str, ...]]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader with the numbers and truth values of YAML 1.2: PyYAML reads 1e-4 as a string, and `no` (which
-    `training.mixed_precision` may be) as `False`."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+YAML_1_2 = YAML(typ="safe", pure=True)  # in which 1e-4 is a number, `no` a word, and a key twice an error
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -147,7 +112,10 @@ def _load_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, (*derived, path)))}.")
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}" + (f", the base of {derived[-1]}." if derived else "."))
-    tree = yaml.load(path.read_text(), _Loader) or {}
+    try:
+        tree = YAML_1_2.load(path) or {}
+    except YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     _anchor_files(tree, path.parent)
     base = tree.pop("base", None)
     return tree if base is None else _merge(_load_tree(path.parent / base, (*derived, path)), tree)
@@ -180,7 +148,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
-    tree[last] = yaml.load(value, _Loader)
+    tree[last] = YAML_1_2.load(value)
 
 
 def _read(name: str, values: Any, section_type: type | None) -> Any:

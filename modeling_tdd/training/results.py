@@ -54,8 +54,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 @contextmanager
 def plain_class(model: nn.Module) -> Iterator[None]:
-    """Gives a model its own class while it is saved: FSDP2 puts one in its place that would be saved as the model's
-    architecture."""
+    """Gives a model its own class while it is saved, in place of the one that FSDP2 has put there."""
     sharded = type(model)
     if isinstance(model, FSDPModule):
         model.__class__ = sharded.__bases__[1]

@@ -66,11 +66,8 @@ class Task:
 
 def make_task(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     """Makes the task of a recipe for one of [`methods_of`]. Features of a frozen encoder are cached in a folder."""
-    if recipe.task == "classification":
-        return make_classification(recipe, method)
-    if recipe.task == "captioning":
-        return make_captioning(recipe, method, feature_folder)
-    return make_encoder(recipe)
+    makers = {"classification": make_classification, "captioning": make_captioning, "encoder": make_encoder}
+    return makers[recipe.task](recipe, method, feature_folder)
 
 
 def methods_of(recipe: Recipe) -> list[str]:
@@ -100,7 +97,7 @@ def has_steps(recipe: Recipe, method: str) -> bool:
 # ---- Classification
 
 
-def make_classification(recipe: Recipe, method: str) -> Task:
+def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits, names = load_labels(recipe.data)
     fields = {
         **model_fields(recipe, method),
@@ -205,7 +202,7 @@ def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
 # ---- Encoder
 
 
-def make_encoder(recipe: Recipe) -> Task:
+def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits = load_captions(recipe.data)
     train_data = splits.pop(recipe.data.train_split)
     counts = count_words(train_data["captions"], MIN_WORD_COUNT)
@@ -258,7 +255,6 @@ def start_model(
 
 
 def load_image_processor(recipe: Recipe) -> BaseImageProcessor:
-    source = recipe.checkpoint or recipe.encoder
-    if source is not None:
+    if source := recipe.checkpoint or recipe.encoder:
         return AutoImageProcessor.from_pretrained(source)
     return ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)

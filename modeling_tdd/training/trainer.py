@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .arguments import TDDTrainingArguments
@@ -36,8 +36,8 @@ class TDDTrainer(Trainer):
     r"""
     `Trainer` with what training a diffusion model on images needs beside it:
 
-    - The moving average of the weights ([`AveragedAdamW`]) is what is evaluated, saved and pushed. After `train` the
-      model holds it. Checkpoints have the weights that train too.
+    - The moving average of the weights ([`AveragedAdamW`]) is evaluated, saved and pushed. After `train` the model
+      holds it. Checkpoints have the weights that train too.
     - Order, augmentation and noise depend only on the seed and on the place in training. So a run that was killed and
       resumed ends with the same weights as an unbroken one, and one process with the same weights as two.
     - A step that is not finite is skipped and counted, SIGTERM and SIGINT save a checkpoint and end the run.
@@ -45,10 +45,8 @@ class TDDTrainer(Trainer):
 
     Args:
         args ([`TDDTrainingArguments`]): The settings.
-        train_dataset (`datasets.Dataset`, `Sequence` or [`ImageStream`]): Examples for `data_collator`.
-        data_collator (`Callable`): Makes training batches, see `batches.py`.
-        eval_collator (`Callable`, *optional*): Makes evaluation batches. By default `data_collator`.
-        callbacks, kwargs: As in `Trainer`.
+        eval_collator (`Callable`, *optional*): Makes evaluation batches. By default `data_collator`, see `batches.py`.
+        kwargs: As in `Trainer`. `train_dataset` may be an [`ImageStream`] too.
 
     Attributes:
         settings (`dict`): Arguments of the model in evaluations, such as `num_inference_steps`: of `generate` or, for
@@ -57,34 +55,25 @@ class TDDTrainer(Trainer):
 
     Raises:
         `ValueError`: for an averaged optimiser other than AdamW, or fewer training examples than a batch.
-
-    Example:
-
-    ```python
-    >>> trainer = TDDTrainer(model, args, train_dataset=data, data_collator=ImageCollator(image_processor))
-    >>> trainer.train()
-    >>> trainer.save_model("published")  # saves the average
-    ```"""
-
-    args: TDDTrainingArguments
+    """
 
     def __init__(
         self,
         model: nn.Module,
         args: TDDTrainingArguments,
         eval_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         self.finite_steps, self.stop, self.meter = FiniteStepsCallback(), StopCallback(), MeterCallback()
         ours = [SeedCallback(), self.finite_steps, self.stop, self.meter]
+        callbacks = [*(kwargs.pop("callbacks", None) or []), *ours]
         if args.ema_decay > 0:
             if args.optim not in ("adamw_torch", "adamw_torch_fused"):
                 raise ValueError(f"`optim` must be 'adamw_torch' to average the weights, got {args.optim.value!r}.")
             _, settings = self.get_optimizer_cls_and_kwargs(args)
             settings |= {"average_decay": args.ema_decay, "average_warmup": args.ema_warmup}
             kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, settings)
-        super().__init__(model, args, callbacks=[*(callbacks or []), *ours], **kwargs)
+        super().__init__(model, args, callbacks=callbacks, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
@@ -192,13 +181,11 @@ class TDDTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:  # on a full disk safetensors, PyTorch and Python raise different errors
-            output_dir, step = Path(self.args.output_dir), self.state.global_step
-            free = shutil.disk_usage(output_dir).free / 2**20
-            shutil.rmtree(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to {output_dir}, where {free:.1f} MiB were free: "
-                f"{error}. {describe_last_checkpoint(output_dir)}"
-            ) from error
+            folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            free = f"{shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB were free"
+            shutil.rmtree(folder, ignore_errors=True)
+            last = describe_last_checkpoint(folder.parent)
+            raise OSError(f"{folder} could not be written, where {free}: {error}. {last}") from error
 
     def _load_best_model(self) -> None:
         self._hold_average()  # the best weights are an average, and take the place of this one
