@@ -52,16 +52,17 @@ def check_captioner(folder: Path) -> None:
 def test_all_methods_from_a_frozen_encoder_with_cached_features(tmp_path: Path, run_train: Callable, files: str):
     ViTModel(ENCODER, add_pooling_layer=False).save_pretrained("encoder")
     ViTImageProcessor(size={"height": 16, "width": 16}, do_convert_rgb=True).save_pretrained("encoder")
-    methods = ("--methods", "tdd", "mdd", "ar", "nearest", "--seeds", "3", "4")
+    methods = ("--methods", "nearest", "tdd", "mdd", "ar", "--seeds", "3", "4")
     command = ("emoji", *methods, "--set", "encoder=encoder", "feature_views=2", files, *SETTINGS)
     output = run_train(*command).out
     folder = tmp_path / "outputs/emoji"
     table = (folder / "results.md").read_text()
     assert table in output and "### validation" in table and "### test_combo" in table
-    header, _, tdd, *_ = [line for line in table.splitlines() if line.startswith("|")]
+    header, *rows = [line for line in table.splitlines() if line.startswith("|")]
     columns = "method | schedule | guidance | metric | 1 step | 4 steps | 4 less 1 | without steps"
     assert [cell.strip() for cell in header.strip("|").split("|")] == columns.split(" | ")
-    assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert ["tdd", "projected", "1", "exact_match"] in [row[:4] for row in cells]
 
     runs = {path.parent.name for path in folder.glob("*/result.json")}
     several = {f"{method}-seed{seed}" for method in ("tdd", "mdd", "ar") for seed in (3, 4)}

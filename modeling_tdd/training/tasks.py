@@ -183,7 +183,6 @@ def cache_splits(
     return cached
 
 
-@torch.inference_mode()
 def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
     """The scores of the nearest-neighbour baseline: the caption of the training picture with the most similar
     features, without augmentation."""
