@@ -12,8 +12,10 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4.0",
+    "evaluate>=0.4.6",
     "peft>=0.17",
     "pyyaml>=6.0",
+    "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
     "tensorboard>=2.16",
     "timm>=1.0.15",
@@ -34,7 +36,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["modeling_tdd", "modeling_tdd.*"]),
-    package_data={"modeling_tdd.publishing": ["card_template.md"]},
+    package_data={
+        "modeling_tdd.evaluation": ["metrics/*/*.py"],
+        "modeling_tdd.publishing": ["card_template.md"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "huggingface_hub>=1.0",

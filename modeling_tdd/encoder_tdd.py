@@ -249,6 +249,7 @@ class _Run(NamedTuple):
     recorder: _Recorder
 
 
+@torch.inference_mode(False)  # whoever makes a model may be in it
 @torch.enable_grad()
 def _measure_on(device: str, vision_config: PreTrainedConfig) -> EncoderProbe:
     vision_config = copy.deepcopy(vision_config)  # `from_config` writes to it

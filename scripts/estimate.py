@@ -3,179 +3,119 @@
     python scripts/estimate.py scripts/recipes/table1/tdd_vit_b16.yaml --machine a100x8
     python scripts/estimate.py scripts/recipes/digits.yaml --measure
 
-The formula of the time is printed too. `--measure` times a few steps on this machine, smaller than those of the
-recipe, and predicts from them.
+`--measure` times steps with one device batch on this machine. The formula of the time is printed too.
 """
 
 import argparse
+import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, ViTImageProcessor
+from PIL import Image
+from transformers import AutoConfig
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification
-from modeling_tdd.training.cost import (
-    EMA_BYTES,
-    EMA_TRAFFIC,
-    GRADIENT_BYTES,
-    MACHINES,
-    OPTIMIZER_BYTES,
-    UPDATE_TRAFFIC,
-    WEIGHT_BYTES,
-    Machine,
-    Model,
-    StepCost,
-    measure_machine,
-    training_cost,
-)
-from modeling_tdd.training.recipe import CaptionRecipe, EncoderRecipe, Recipe, load_recipe
-from modeling_tdd.training.results import markdown_table
+from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.averaging import AveragedAdamW
+from modeling_tdd.training.batches import build_train_transform
+from modeling_tdd.training.recipe import Recipe, load_recipe
+from modeling_tdd.training.tasks import load_image_processor
 
 
-def make_config(recipe: Recipe, num_categories: int | None) -> TDDConfig:
-    """The configuration of the training. `num_categories`, if given, replaces the number of labels or tokens."""
-    if isinstance(recipe, EncoderRecipe):
-        raise ValueError("This is a recipe for an encoder: give one for a classifier or a captioner.")
-    if isinstance(recipe, CaptionRecipe):
-        vocab_size = num_categories or recipe.tokenizer.get("vocab_size")
-        if vocab_size is None:
-            raise ValueError("The size of the recipe's tokenizer depends on the data: give `--categories`.")
-        fields = {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 2}
-        if recipe.encoder is not None:
-            fields["vision_config"] = AutoConfig.from_pretrained(recipe.encoder)
-        return TDDConfig(**{**recipe.model, **fields})
-    num_labels = num_categories or recipe.data.num_labels
-    if num_labels is None:
-        raise ValueError(
-            "The recipe does not say how many labels there are: give `--categories` or `data.num_labels`."
-        )
-    return TDDConfig(**recipe.model, num_labels=num_labels)
+# Number and name of devices, and the peak of one in bf16
+MACHINES = {"h100x8": (8, "H100 80 GB SXM", 989e12), "a100x8": (8, "A100 80 GB SXM", 312e12)}
 
 
-def make_model(config: TDDConfig, device: str) -> Model:
-    with torch.device(device):
-        return TDDForImageClassification(config) if config.vocab_size is None else TDDForCaptioning(config)
+def make_model(recipe: Recipe, recipe_folder: Path) -> Model:
+    """The model that the recipe trains, on the meta device. `SystemExit` says what is missing."""
+    if recipe.task == "encoder" or recipe.lora is not None or recipe.checkpoint is not None:
+        raise SystemExit("Give a recipe for a classifier or a captioner, without `checkpoint` and `lora`.")
+    fields = dict(recipe.model)
+    if recipe.encoder is not None:
+        try:
+            encoder = AutoConfig.from_pretrained(recipe.encoder)
+        except OSError as error:  # our own encoders are in outputs/<name of the recipe>
+            recipes = [recipe_folder / f"{part}.yaml" for part in Path(recipe.encoder).parts]
+            commands = [f"Train it first: python scripts/train.py {path}" for path in recipes if path.exists()]
+            raise SystemExit(f"There is no encoder {recipe.encoder}. {commands[0] if commands else error}") from error
+        fields["vision_config"] = getattr(encoder, "vision_config", encoder)
+    if recipe.task == "captioning":
+        model_class, key, size = TDDForCaptioning, "tokenizer.vocab_size", recipe.tokenizer.get("vocab_size")
+        fields.update(vocab_size=size, pad_token_id=0, eos_token_id=2)
+    else:
+        model_class, key, size = TDDForImageClassification, "data.num_labels", recipe.data.num_labels
+        fields["num_labels"] = size
+    for name, value in {key: size, "training.batch_size": recipe.training.get("batch_size")}.items():
+        if value is None:
+            raise SystemExit(f"The recipe lacks `{name}`: give `--set {name}=NUMBER`.")
+    with torch.device("meta"):
+        return model_class(TDDConfig(**fields))
 
 
-def view_size(recipe: Recipe, config: TDDConfig) -> tuple[int, int]:
-    """Height and width of the training views."""
-    size = recipe.augmentation.size or getattr(config.vision_config, "image_size", None)
-    if isinstance(size, int):
-        return size, size
-    processor = ViTImageProcessor(**recipe.image_processor)
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    return size["height"], size["width"]
-
-
-def example_batch(config: TDDConfig, size: tuple[int, int], images: int, device: str) -> dict[str, torch.Tensor]:
-    """A batch of random arguments of `forward`."""
-    pixels = torch.randn(images, getattr(config.vision_config, "num_channels", 3), *size, device=device)
+def measure_step(model: Model, images: int, size: tuple[int, int], args: TDDTrainingArguments) -> float:
+    """Seconds of a training step with one device batch, in float32, of a new model that is configured as `model`."""
+    config, device = model.config, args.device
+    model = type(model)(config).to(device).train()
+    optimizer_class = AveragedAdamW if args.ema_decay > 0 else torch.optim.AdamW
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], fused=True)
     shape = (images,) if config.vocab_size is None else (images, config.max_position_embeddings)
-    return {"pixel_values": pixels, "labels": torch.randint(3, config.num_categories, shape, device=device)}
-
-
-def measure(config: TDDConfig, size: tuple[int, int], cost: StepCost, images: int) -> Machine:
-    """Measures this machine with steps of a quarter and of half the device batch."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make_model(config, device).train()
-    batches = [example_batch(config, size, max(1, images // 4 * part), device) for part in (1, 2)]
+    batch = {"labels": torch.randint(config.num_categories, shape, device=device)}
+    batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *size, device=device)
     if config.freeze_encoder:  # training reads the features from disk
-        for batch in batches:
-            batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
-    return measure_machine(model, batches, cost, time.perf_counter)
+        batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
-def giga(operations: float) -> str:
-    return f"{operations / 1e9:,.3f}"
-
-
-def print_cost(config: TDDConfig, cost: StepCost) -> None:
-    print(
-        f"Parameters: {cost.parameters / 1e6:.1f} M, of which encoder with connector "
-        f"{cost.encoder_parameters / 1e6:.1f} M; {cost.trainable / 1e6:.1f} M are trained.\n"
-    )
-    repeats = config.timesteps_per_image
-    rows = [
-        [name, giga(part.forward), giga(part.backward), giga(part.total)]
-        for name, part in {
-            "encoder, per image": cost.encoder,
-            "connector and prefix, per image": cost.prefix,
-            f"denoiser and head x {repeats} timesteps, per image": cost.denoiser,
-            "noise factor, per device batch": cost.noise,
-        }.items()
-    ]
-    print(markdown_table(["GFLOP", "forward", "backward", "both"], rows) + "\n")
-
-
-def print_memory(cost: StepCost, images: int, devices: int, precision: str) -> None:
-    ways = {"DDP": cost.memory(images), f"FSDP over {devices}": cost.memory(images, devices, shard=True)}
-    header = [f"GiB per device, {images} images, {precision}", *ways]
-    names = list(ways["DDP"])
-    rows = [[name, *(f"{way[name] / 2**30:.2f}" for way in ways.values())] for name in names]
-    rows.append(["sum", *(f"{sum(way.values()) / 2**30:.2f}" for way in ways.values())])
-    print(markdown_table(header, rows))
-    print(
-        f"\nBytes per parameter: {WEIGHT_BYTES} weight + {GRADIENT_BYTES} gradient + {OPTIMIZER_BYTES} AdamW + "
-        f"{EMA_BYTES} moving average. Activations: what autograd keeps, counted for each operation.\n"
-    )
-
-
-def print_time(recipe: Recipe, cost: StepCost, machine: Machine, images: int, num_examples: int | None) -> None:
-    batch_size = recipe.training.batch_size
-    accumulation = max(1, batch_size // (images * machine.devices))
-    seconds = machine.step_seconds(cost, images, accumulation)
-    print(
-        f"Machine: {machine.devices} x {machine.name}, {machine.operations_per_second / 1e12:.3g} TFLOP/s and "
-        f"{machine.bytes_per_second / 1e9:.3g} GB/s per device ({machine.basis}).\n"
-        "step = accumulation x ((images x GFLOP per image + GFLOP per device batch) / GFLOP/s + overhead)\n"
-        f"       + (trained parameters x {UPDATE_TRAFFIC} B + parameters x {EMA_TRAFFIC} B) / GB/s\n"
-        f"     = {accumulation} x (({images} x {giga(cost.per_image)} + {giga(cost.noise.total)}) / "
-        f"{giga(machine.operations_per_second)} + {machine.overhead:.4f}) + {cost.update_bytes() / 1e9:.3f} / "
-        f"{machine.bytes_per_second / 1e9:.3g}\n"
-        f"     = {seconds:.4g} s for {images * accumulation * machine.devices} images: "
-        f"{images * accumulation * machine.devices / seconds:,.0f} images per second\n"
-        "It is assumed that communication and waiting for data overlap with the computation."
-    )
-    if num_examples is not None:
-        epoch = num_examples // batch_size * seconds
-        total = epoch * recipe.training.epochs
-        print(f"epoch = {num_examples // batch_size} steps x step = {epoch / 60:.1f} minutes")
-        print(f"training = {recipe.training.epochs} epochs = {total / 3600:.1f} hours, without the evaluations.")
-
-
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/table1/tdd_vit_b16.yaml")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--machine", choices=list(MACHINES), default="a100x8", help="default: the paper's, a100x8")
-    how.add_argument("--measure", action="store_true", help="measure this machine with steps of the recipe")
-    parser.add_argument("--devices", type=int, help="number of devices; default: the machine's")
-    parser.add_argument("--categories", type=int, help="number of labels or tokens; default: the recipe's")
-    parser.add_argument("--num-examples", type=int, help="number of training images; default: the recipe's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=5")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    how.add_argument("--measure", action="store_true", help="time steps on one device of this machine, in float32")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.batch_size=512")
+    args = parser.parse_args()
     recipe = load_recipe(args.recipe, args.set)
-    config = make_config(recipe, args.categories)
-    size = view_size(recipe, config)
-    machine = MACHINES[args.machine]
-    precision = "no" if args.measure else machine.precision  # here steps are measured in float32
-    cost = training_cost(make_model(config, "meta"), size, precision)
-    devices = 1 if args.measure else args.devices or machine.devices
-    images = recipe.training.device_batch_size or max(1, recipe.training.batch_size // devices)
+    model = make_model(recipe, args.recipe.parent)
+    make_view = build_train_transform(recipe.augmentation, load_image_processor(recipe))
+    size = make_view(Image.new("RGB", (64, 64))).shape[-2:]
+    devices, name, peak = MACHINES[args.machine]
+    devices, dtype = (1, torch.float32) if args.measure else (devices, torch.bfloat16)
+    batch_size = recipe.training["batch_size"]
+    images = recipe.training.get("device_batch_size") or max(1, batch_size // devices)
+    operations, activations = training_cost(model, images, size, dtype)
+    total, trained = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
+    print(f"{total:.1f} M parameters, {trained:.1f} M are trained")
+    print(f"{operations / images / 1e9:.3f} GFLOP per image, forward and backward")
+    ddp, fsdp = (device_memory(model, activations, shards) / 2**30 for shards in (1, devices))
+    print(f"{images} images on each device: {ddp:.2f} GiB with DDP, {fsdp:.2f} GiB with FSDP2 over {devices},")
+    print(f"    of these {activations / 2**30:.2f} GiB are activations in {dtype}, the rest is float32")
     if args.measure:
-        torch.set_num_threads(recipe.training.cpu_threads or torch.get_num_threads())
-        machine = measure(config, size, cost, images)
+        settings = TDDTrainingArguments(**{**recipe.training, "mixed_precision": "no"})
+        rate = operations / measure_step(model, images, size, settings)
+        print("this machine: measured now, in float32")
     else:
-        machine = replace(machine, devices=devices)
-    print_cost(config, cost)
-    print_memory(cost, images, devices, "float32" if precision == "no" else precision)
-    print_time(recipe, cost, machine, images, args.num_examples or recipe.data.num_examples)
+        rate = peak / 3
+        print(f"{devices} x {name}: {rate / 1e12:.0f} TFLOP/s each, a third of the peak (assumed, not measured)")
+    batches = max(1, batch_size // (images * devices))
+    seconds = batches * operations / rate
+    print("step = batches on each device x GFLOP of one / GFLOP/s")
+    print(f"     = {batches} x {operations / 1e9:.3f} / {rate / 1e9:.4g} = {seconds:.4g} s")
+    if recipe.data.num_examples is not None:
+        epochs = recipe.training.get("num_train_epochs", TDDTrainingArguments.num_train_epochs)
+        steps = int(epochs * (recipe.data.num_examples // batch_size))
+        print(f"training = {epochs} epochs = {steps} steps = {steps * seconds / 3600:.2f} hours")
+        print("Evaluations, communication and waiting for data come on top.")
 
 
 if __name__ == "__main__":

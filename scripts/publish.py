@@ -7,22 +7,15 @@ with other seeds or methods, go into the card's tables and plot. Needs matplotli
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-import modeling_tdd  # noqa: F401 - registers TDD with the Auto classes
+from modeling_tdd.evaluation.scoring import load_checkpoint
 from modeling_tdd.evaluation.step_curves import plot_scores
+from modeling_tdd.publishing.hub import upload
 from modeling_tdd.publishing.model_card import CARD_FILE, PLOT_FILE, make_card, read_runs, without_machine_paths
 
 
@@ -31,28 +24,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="a run folder, such as outputs/emoji/tdd-seed0")
     parser.add_argument("--repo-id", help="USER/NAME on the Hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
-    parser.add_argument(
-        "--runs", nargs="+", type=Path, help="folders of other seeds and of baselines; default: those beside it"
-    )
+    parser.add_argument("--runs", nargs="+", type=Path, help="other seeds and baselines; default: those beside it")
     parser.add_argument("--dry-run", action="store_true", help="only write the card into the folder")
     args = parser.parse_args()
     if args.repo_id is None and not args.dry_run:
         parser.error("--repo-id is needed to upload; --dry-run writes the card alone")
     return args
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    is_captioner = architecture == "TDDForCaptioning"
-    auto_class = AutoModelForImageTextToText if is_captioner else AutoModelForImageClassification
-    return auto_class.from_pretrained(folder, dtype="auto")
-
-
-def save_checkpoint(folder: Path, model: PreTrainedModel, target: Path) -> None:
-    """Saves the model and the processor of `folder` to `target`, with the code of this version."""
-    model.save_pretrained(target)
-    auto_class = AutoProcessor if model.can_generate() else AutoImageProcessor
-    auto_class.from_pretrained(folder).save_pretrained(target)
 
 
 def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -> None:
@@ -64,33 +41,16 @@ def write_card(args: argparse.Namespace, model: PreTrainedModel, target: Path) -
     card.save(target / CARD_FILE)
 
 
-def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads `folder` as one commit and returns its URL. The error after a failure says what the repository holds."""
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    before = api.model_info(repo_id).sha
-    try:
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish checkpoint").commit_url
-    except Exception as error:
-        try:
-            now = api.model_info(repo_id).sha
-        except Exception as state_error:
-            state = f"It is not known whether {repo_id} changed: {state_error}"
-        else:
-            state = f"{repo_id} {'is still at' if now == before else 'moved to'} revision {now}."
-        cause = f" {error.__cause__}" if error.__cause__ else ""
-        raise RuntimeError(f"Publishing failed: {error}{cause}\n{state}") from error
-
-
 def main() -> None:
     args = parse_args()
-    model = load_model(args.folder)
+    model, processor = load_checkpoint(args.folder)
     if args.dry_run:
         write_card(args, model, args.folder)
         print(f"Wrote {args.folder / CARD_FILE} and {args.folder / PLOT_FILE}; nothing was uploaded.")
         return
     with tempfile.TemporaryDirectory() as target:
-        save_checkpoint(args.folder, model, Path(target))
+        model.save_pretrained(target)  # with the code of this version
+        processor.save_pretrained(target)
         write_card(args, model, Path(target))
         print(f"Published {upload(Path(target), args.repo_id, args.private)}")
 

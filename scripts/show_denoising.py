@@ -21,15 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("image", type=Path, help="an image file")
     parser.add_argument("--model", required=True, help="a captioner's folder or model id")
     parser.add_argument("--text", default="", help="the given beginning of the caption")
-    parser.add_argument(
-        "--infill", help="instead of --text: a caption with gaps, such as 'man [MASK]: dark skin tone'"
-    )
+    parser.add_argument("--infill", help="instead of --text: a caption with gaps, such as 'man [MASK]: dark skin'")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    parser.add_argument(
-        "--output", type=Path, help="the heatmap's file; default: <image>-denoising.png in this folder"
-    )
+    parser.add_argument("--output", type=Path, help="the heatmap's file; default: <image>-denoising.png here")
     return parser.parse_args()
 
 

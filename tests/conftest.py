@@ -6,7 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is imported: no test may reach the network
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +94,25 @@ def make_captioner(make_config: Callable[..., TDDConfig]) -> Callable[..., TDDFo
         return TDDForCaptioning(make_config(**{**defaults, **fields})).eval()
 
     return make
+
+
+@pytest.fixture
+def run_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., Any]:
+    """A function that runs scripts/train.py in this process, with `tmp_path` as its working directory. The arguments
+    are those of the command; the first is the name of a recipe. It returns its output, as `out` and `err`."""
+    scripts = Path(__file__).parent.parent / "scripts"
+    monkeypatch.syspath_prepend(scripts)
+    monkeypatch.chdir(tmp_path)
+
+    def run(recipe: str, *arguments: str) -> Any:
+        import train
+
+        monkeypatch.setattr(sys, "argv", ["train.py", str(scripts / f"recipes/{recipe}.yaml"), *arguments])
+        capfd.readouterr()
+        train.main()
+        return capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -11,15 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTImageProcessor
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDProcessor
+from modeling_tdd.evaluation import load_metric
 from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, AutoregressiveConfig, nearest_captions
-from modeling_tdd.evaluation.captions import exact_match
-from modeling_tdd.evaluation.step_curves import collect_scores, read_results, score_table
-from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.evaluation.step_curves import collect_scores, plot_scores, read_results, score_table
+from modeling_tdd.training.data import load_captions
 from modeling_tdd.training.recipe import load_recipe
-from modeling_tdd.training.results import write_json
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
@@ -92,6 +91,14 @@ def test_loss_by_hand(make_autoregressive: Callable[..., AutoregressiveCaptioner
         model(torch.full((4, 3), 20), pixel_values)
 
 
+def test_trainer_averages_its_losses_over_accumulation_steps(
+    make_autoregressive: Callable[..., AutoregressiveCaptioner], tmp_path: Path
+) -> None:
+    """Its loss is a mean over the tokens of its own batch, as Trainer must know: it takes no `num_items_in_batch`."""
+    arguments = TrainingArguments(str(tmp_path), gradient_accumulation_steps=2, use_cpu=True)
+    assert not Trainer(make_autoregressive(), arguments).model_accepts_loss_kwargs
+
+
 def test_generate_is_greedy_and_padded(
     make_autoregressive: Callable[..., AutoregressiveCaptioner], pixel_values: Tensor
 ) -> None:
@@ -136,8 +143,8 @@ def test_save_and_load(
 
 def test_learns_eight_emoji_by_heart() -> None:
     """Real pictures and captions, features of a random frozen encoder: exact match 100 % after 100 steps."""
-    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml", task="captioning")
-    rows = load_caption_data(recipe.data)["train"][:400:50]
+    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml")
+    rows = load_captions(recipe.data)["train"][:400:50]
     captions = [captions[0] for captions in rows["captions"]]
     tokenizer = train_tokenizer(captions)
     torch.manual_seed(0)
@@ -169,10 +176,13 @@ def test_learns_eight_emoji_by_heart() -> None:
         optimizer.step()
     sequences = model.eval().generate(batch["pixel_values"])
     predictions = processor.batch_decode(sequences, skip_special_tokens=True)
-    assert len(set(captions)) == 8 and exact_match(predictions, [[caption] for caption in captions]) == 1
+    scores = load_metric("caption_match").compute(
+        predictions=predictions, references=[[caption] for caption in captions]
+    )
+    assert len(set(captions)) == 8 and scores["exact_match"] == 1
 
 
-# ---- The nearest picture, and the script as users run it
+# ---- The nearest picture
 
 
 def test_nearest_captions() -> None:
@@ -183,60 +193,24 @@ def test_nearest_captions() -> None:
         nearest_captions(queries, train, ["east"])
 
 
-def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def test_script_compares_with_both_baselines(tmp_path: Path) -> None:
-    encoder = tmp_path / "encoder"
-    config = ViTConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(encoder)
-    ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(encoder)
-    few = tmp_path / "few.parquet"
-    recipe = load_recipe(ROOT / "scripts/recipes/emoji.yaml", task="captioning")
-    load_caption_data(recipe.data)["train"].select(range(64)).to_parquet(few)
-    settings = [
-        f"encoder={encoder}",
-        "feature_views=2",
-        "augmentation.size=32",
-        "data.caption_column=captions",
-        f"data.data_files={{train: {few}, validation: {few}}}",
-        "data.eval_splits=[validation]",
-        "evaluation.num_inference_steps=[1, 4]",
-        *("training.epochs=2", "training.warmup_epochs=0", "training.batch_size=32"),
-        *("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64"),
-    ]
-    arguments = [str(ROOT / "scripts/recipes/emoji.yaml"), "--methods", "tdd", "ar", "nearest"]
-    done = run_script("train_captioning.py", tmp_path, *arguments, "--seeds", "3", "4", "--set", *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "outputs/emoji"
-    runs = {path.parent.name for path in folder.glob("*/result.json")}
-    assert runs == {"tdd-seed3", "tdd-seed4", "ar-seed3", "ar-seed4", "nearest-seed3"}
-    (nearest,) = json.loads((folder / "nearest-seed3/result.json").read_text())["scores"]
-    assert (nearest["split"], nearest["exact_match"], nearest["fluent"]) == ("validation", 1, 1)  # each finds itself
-    (entry,) = json.loads((folder / "ar-seed4/result.json").read_text())["scores"]
-    assert "num_inference_steps" not in entry and 0 <= entry["token_f1"] <= 1
-    assert isinstance(AutoregressiveCaptioner.from_pretrained(folder / "ar-seed4"), AutoregressiveCaptioner)
-    header, _, tdd, *_ = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("|")]
-    columns = "method | schedule | guidance | metric | 1 step | 4 steps | 4 less 1 | without steps"
-    assert [cell.strip() for cell in header.strip("|").split("|")] == columns.split(" | ")
-    assert [cell.strip() for cell in tdd.strip("|").split("|")][:4] == ["tdd", "projected", "1", "exact_match"]
-
-    done = run_script("train_captioning.py", tmp_path, *arguments, "--set", *settings, "encoder=null")
-    assert "ValueError: `nearest` needs features of a pretrained encoder for all images" in done.stderr
-
-
 # ---- The plot and its table
 
 SPLITS = ("validation", "test_combo")
 
 
+def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Folders of runs with made-up scores, in the format of scripts/train_captioning.py."""
+    """Folders of captioning runs with made-up scores."""
     made = []
     for method, schedule in (("tdd", "calibrated"), ("tdd", "cosine"), ("mdd", "cosine"), ("ar", ""), ("nearest", "")):
         for seed in (0,) if method == "nearest" else (0, 1, 2):
@@ -250,7 +224,7 @@ def folders(tmp_path: Path) -> list[Path]:
                     metrics = {"exact_match": value, "token_f1": value + 0.1, "stutter": 0.0, "fluent": 1.0}
                     scores.append({"split": split, **settings, **metrics})
             result = {"method": method, "seed": seed, "recipe": {"model": {}}, "scores": scores}
-            write_json(folder / "result.json", result)
+            write_result(folder, result)
             if schedule:
                 TDDConfig(noise_schedule=schedule, num_labels=5).to_json_file(folder / "config.json", use_diff=False)
             made.append(folder)
@@ -281,13 +255,31 @@ def test_runs_with_the_same_seed_and_settings_are_refused(folders: list[Path], t
     longer.parent.joinpath("other").mkdir()
     with pytest.raises(ValueError, match="other has no result.json: give folders of finished runs"):
         read_results([longer.parent / "other"])
+    write_result(longer.parent / "old", {"method": "tdd", "seed": 0, "accuracy": []})
+    with pytest.raises(ValueError, match="result.json has no `scores`; it has method, seed, accuracy"):
+        read_results([longer.parent / "old"])
     with pytest.raises(ValueError, match="longer/tdd-seed0 and .* the same method, schedule, weightings and seed"):
         read_results([longer, folders[1], longer])
 
 
+def test_encoders_have_a_table_and_no_plot(folders: list[Path], tmp_path: Path) -> None:
+    scores = [{"split": split, "word_map": 0.25, "word_f1": 0.5} for split in SPLITS]
+    write_result(tmp_path / "encoder-seed0", {"method": "encoder", "seed": 0, "recipe": {}, "scores": scores})
+    results = read_results([tmp_path / "encoder-seed0"])
+    header, _, first, second = score_table(results, "test_combo").split("\n")
+    assert header.split(" | ")[-2:] == ["metric  ", "without steps |"]
+    assert "word_map | 25.00" in first and "word_f1  | 50.00" in second
+    with pytest.raises(ValueError, match="needs results with one of top1, exact_match, token_f1 in common"):
+        plot_scores(results)
+    with pytest.raises(ValueError, match="no metric in common"):
+        score_table(read_results([tmp_path / "encoder-seed0", folders[0]]), "test_combo")
+
+
 def test_plot_script(folders: list[Path], tmp_path: Path) -> None:
     plot = tmp_path / "plots/steps.png"
-    done = run_script("plot_steps.py", tmp_path, *map(str, folders), "--output", str(plot))
+    training = folders[0].with_name("tdd-seed0-training")  # of checkpoints, which `*-seed*` names too
+    training.mkdir()
+    done = run_script("score.py", tmp_path, *map(str, [*folders, training]), "--plot", str(plot))
     assert done.returncode == 0, done.stdout + done.stderr
     table = plot.with_suffix(".md").read_text()
     assert table.count("### ") == 2 and "51.20 ± 1.00" in table and table.strip() in done.stdout
@@ -299,15 +291,15 @@ def test_plot_script(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_plot_script_names_the_weightings_that_differ(tmp_path: Path) -> None:
-    """Runs of scripts/train_classification.py by the recipes of Fig. 5."""
+    """Classification runs by the recipes of Fig. 5."""
     folders = []
     for input_weighting in ("none", "visibility"):
         for loss_weighting in ("alpha_bar", "none"):
             for seed in (0, 1):
                 folder = tmp_path / f"input_{input_weighting}_{loss_weighting}/tdd-seed{seed}"
                 grid = [{"num_inference_steps": n, "guidance_scale": 1.0, "top1": 0.01 * n} for n in (1, 50)]
-                recipe = {"data": {"eval_split": "validation"}}
-                write_json(folder / "result.json", {"method": "tdd", "seed": seed, "recipe": recipe, "accuracy": grid})
+                scores = [{"split": "validation", **entry} for entry in grid]
+                write_result(folder, {"method": "tdd", "seed": seed, "recipe": {}, "scores": scores})
                 fields = {"input_weighting": input_weighting, "loss_weighting": loss_weighting, "num_labels": 5}
                 TDDConfig(noise_schedule="cosine", **fields).to_json_file(folder / "config.json", use_diff=False)
                 folders.append(folder)
@@ -319,7 +311,7 @@ def test_plot_script_names_the_weightings_that_differ(tmp_path: Path) -> None:
     ]
     with_coefficient = [line.label for line in collect_scores(read_results(folders[:2]), "validation", "top1")]
     assert with_coefficient == ["tdd, cosine"]
-    done = run_script("plot_steps.py", tmp_path, *map(str, folders), "--output", "fig5.png")
+    done = run_script("score.py", tmp_path, *map(str, folders), "--plot", "fig5.png")
     assert done.returncode == 0, done.stdout + done.stderr
     header, _, first, *_ = [line for line in done.stdout.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, first)]

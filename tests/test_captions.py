@@ -1,4 +1,4 @@
-"""Captions: their data, tokenizer, metrics and cached features, and scripts/pretrain_encoder.py as users run it."""
+"""Captions: their data, tokenizer and cached features, and the training of their encoder as users run it."""
 
 import io
 import json
@@ -7,32 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from samples import VL_ENRICHED_FEATURES
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageProcessor
 
 from modeling_tdd import TDDModel
-from modeling_tdd.evaluation.captions import (
-    caption_metrics,
-    coco_metrics,
-    exact_match,
-    fluent_share,
-    seen_bigrams,
-    split_tokens,
-    stutter_share,
-    token_f1,
-)
-from modeling_tdd.training.caption_data import load_caption_data
+from modeling_tdd.training.batches import Augmentation
+from modeling_tdd.training.data import CaptionData, load_captions
 from modeling_tdd.training.features import AugmentedViews, cache_features, features_fingerprint
-from modeling_tdd.training.recipe import AugmentationRecipe, CaptionDataRecipe, load_recipe
+from modeling_tdd.training.recipe import load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts/pretrain_encoder.py"
+SCRIPT = ROOT / "scripts/train.py"
 RECIPE = ROOT / "scripts/recipes/emoji_encoder.yaml"
 CAPTIONS = ["woman firefighter: medium-light skin tone", "woman firefighter", "“free” button", "flag: Côte d’Ivoire"]
 
@@ -44,22 +36,20 @@ def picture(shade: int = 0) -> PILImage.Image:
 # ---- Recipes
 
 
-def test_a_recipe_says_its_task(tmp_path):
-    with pytest.raises(ValueError, match="is a recipe for encoder; one for captioning is needed"):
-        load_recipe(RECIPE, task="captioning")
+def test_a_recipe_says_its_task():
     with pytest.raises(ValueError, match="`task` of .* must be one of classification, captioning, encoder, got 'cap'"):
         load_recipe(RECIPE, ["task=cap"])
-    with pytest.raises(ValueError, match="Unknown keys in `evaluation`: steps. Allowed: min_count, threshold"):
+    with pytest.raises(ValueError, match="Unknown keys in `recipe`: evaluation"):
         load_recipe(RECIPE, ["evaluation.steps=5"])
-    with pytest.raises(ValueError, match="`data.on_bad_example` must be 'skip' or 'raise', got 'ignore'"):
-        load_recipe(RECIPE, ["data.on_bad_example=ignore"])
+    with pytest.raises(ValueError, match="Unknown keys in `data`: label_column. Allowed: path, .* caption_column"):
+        load_recipe(RECIPE, ["data.label_column=word"])
 
 
 # ---- Data
 
 
 def test_embedded_emoji_load_by_the_recipe():
-    data = load_caption_data(load_recipe(RECIPE).data)
+    data = load_captions(CaptionData(**vars(load_recipe(RECIPE).data)))
     assert {split: len(rows) for split, rows in data.items()} == {
         "train": 2000,
         "validation": 256,
@@ -86,17 +76,17 @@ def test_coco_layout(tmp_path):
         }
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/captions_{split}.json").write_text(json.dumps(content))
-    recipe = CaptionDataRecipe("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=["val2017"])
-    data = load_caption_data(recipe)
+    recipe = CaptionData("coco", data_dir=str(tmp_path), train_split="train2017", eval_splits=["val2017"])
+    data = load_captions(recipe)
     assert data["train2017"]["captions"][:] == [["A cat."], ["A dog runs.", "The dog."]]
     assert data["val2017"][1]["image"].size == (16, 16)
     undecoded = data["val2017"].cast_column("image", Image(decode=False))[0]["image"]
     assert undecoded == {"bytes": None, "path": str(tmp_path / "val2017/000000000007.jpg")}  # the images stay files
     recipe.eval_splits = ["test2017"]
-    with pytest.raises(ValueError, match="COCO has no split 'test2017' in .*; it has train2017, val2017"):
-        load_caption_data(recipe)
+    with pytest.raises(ValueError, match="`coco` has no split 'test2017'; it has train2017, val2017"):
+        load_captions(recipe)
     with pytest.raises(ValueError, match="`data.path: coco` needs `data.data_dir`"):
-        load_caption_data(CaptionDataRecipe("coco"))
+        load_captions(CaptionData("coco"))
 
 
 def test_vl_enriched_columns(tmp_path):
@@ -111,14 +101,14 @@ def test_vl_enriched_columns(tmp_path):
     }
     Dataset.from_list([row, row], features=VL_ENRICHED_FEATURES).to_parquet(tmp_path / "data.parquet")
     files = {"train": str(tmp_path / "data.parquet"), "validation": str(tmp_path / "data.parquet")}
-    recipe = CaptionDataRecipe("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
-    assert load_caption_data(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
+    recipe = CaptionData("parquet", data_files=files, caption_column="caption_enriched", lower_case=True)
+    assert load_captions(recipe)["validation"][1]["captions"] == ["a man holding a fish"]
     recipe.caption_column = "label"
-    with pytest.raises(ValueError, match="column 'label' must hold strings or lists of strings, got .*int32"):
-        load_caption_data(recipe)
+    with pytest.raises(ValueError, match="Column 'label' must hold strings or lists of strings, got .*int32"):
+        load_captions(recipe)
     recipe.caption_column = "caption"
     with pytest.raises(ValueError, match="no column 'caption' in 'train'; it has image_id, image"):
-        load_caption_data(recipe)
+        load_captions(recipe)
 
 
 @pytest.fixture
@@ -147,25 +137,22 @@ def image_folder(tmp_path) -> Path:
 
 
 def test_bad_examples_are_skipped_counted_and_named(image_folder, caplog):
-    recipe = CaptionDataRecipe("imagefolder", data_dir=str(image_folder))
+    recipe = CaptionData("imagefolder", data_dir=str(image_folder))
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
-        data = load_caption_data(recipe)
+        data = load_captions(recipe)
     assert data["train"]["captions"][:] == [["a cat"]] and data["train"][0]["image"].size == (64, 64)
     assert data["validation"]["captions"][:] == [["a cat"], ["a dog"], ["a cow"]]
     message = next(record.getMessage() for record in caplog.records if "'train'" in record.getMessage())
     assert message.startswith("4 of 5 examples of 'train' are bad") and message.endswith("They are skipped.")
-    for problem in ("short.png): unreadable image", "text.png): unreadable image (UnidentifiedImageError)"):
-        assert problem in message
+    assert "short.png (OSError)" in message and "text.png (UnidentifiedImageError)" in message
     assert message.count("no caption") == 2
 
 
-def test_bad_examples_stop_when_asked_or_when_nothing_is_left(image_folder):
-    with pytest.raises(ValueError, match="4 of 5 examples of 'train' are bad: row .*"):
-        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder), on_bad_example="raise"))
+def test_a_split_without_a_valid_example_is_an_error(image_folder):
     (image_folder / "train/good.png").write_bytes(b"")
     with pytest.raises(ValueError, match="5 of 5 examples of 'train' are bad"):
-        load_caption_data(CaptionDataRecipe("imagefolder", data_dir=str(image_folder)))
+        load_captions(CaptionData("imagefolder", data_dir=str(image_folder)))
 
 
 # ---- Tokenizer
@@ -223,42 +210,50 @@ def processor() -> ViTImageProcessor:
 
 @pytest.fixture
 def pictures() -> Dataset:
-    images = {"image": [picture(shade) for shade in range(0, 250, 50)]}
-    return Dataset.from_dict(images, features=Features({"image": Image()}))
+    """Pictures of noise, and their numbers as captions."""
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(5)]
+    columns = {"image": images, "captions": [[str(number)] for number in range(5)]}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "captions": List(Value("string"))}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path, dtype):
+def stack(rows: Dataset) -> torch.Tensor:
+    return torch.from_numpy(np.stack([row["image_features"] for row in rows]))
+
+
+def test_cached_features_are_the_encoders(encoder, processor, pictures, tmp_path):
     pixel_values = processor([row["image"] for row in pictures], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = encoder.eval().get_image_features(pixel_values).pooler_output
     encoder.train()
     for _ in range(2):  # made, then read
-        features = cache_features(encoder, processor, pictures, tmp_path / "deep/f.safetensors", 2, dtype)
-        assert features.shape == (5, 17, 32) and features.dtype == dtype and encoder.training
-        torch.testing.assert_close(features.float(), expected, atol=1e-6 if dtype == torch.float32 else 5e-3, rtol=0)
-    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["f.safetensors"]
+        rows = cache_features(encoder, processor, pictures, tmp_path / "deep", batch_size=2)
+        features = stack(rows)
+        assert features.shape == (5, 17, 32) and features.dtype == torch.float16 and encoder.training
+        torch.testing.assert_close(features.float(), expected, atol=5e-3, rtol=0)
+        assert [row["captions"] for row in rows.__getitems__([4, 2])] == [["4"], ["2"]] == rows["captions"][4:1:-2]
+    assert len(list((tmp_path / "deep").iterdir())) == 1
 
 
 def test_a_cache_is_read_only_where_nothing_changed(encoder, processor, pictures, tmp_path, monkeypatch):
-    path = tmp_path / "features.safetensors"
-    first = cache_features(encoder, processor, pictures, path)
+    first = stack(cache_features(encoder, processor, pictures, tmp_path))
     encode = TDDModel.get_image_features
     monkeypatch.setattr(TDDModel, "get_image_features", lambda *_: pytest.fail("read from disc, not encoded"))
-    assert cache_features(encoder, processor, pictures, path).equal(first)
+    assert stack(cache_features(encoder, processor, pictures, tmp_path)).equal(first)
 
-    fingerprints = {features_fingerprint(encoder, processor, pictures, torch.float16)}
-    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float32))
-    fingerprints.add(features_fingerprint(encoder, processor, pictures.select([1, 0, 2, 3, 4]), torch.float16))
     bright = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3)
-    fingerprints.add(features_fingerprint(encoder, bright, pictures, torch.float16))
+    views = [AugmentedViews(Augmentation(hflip=p), processor, n) for p, n in [(0.1, 1), (0.1, 2), (0.2, 2)]]
+    plain = AugmentedViews(Augmentation(), processor, 1)
+    others = [AugmentedViews(Augmentation(), bright, 1), *views]
+    fingerprints = {features_fingerprint(encoder, each, pictures) for each in [plain, *others]}
+    fingerprints.add(features_fingerprint(encoder, plain, pictures.select([1, 0, 2, 3, 4])))
     with torch.no_grad():
         next(encoder.encoder.parameters()).add_(0.5)
-    fingerprints.add(features_fingerprint(encoder, processor, pictures, torch.float16))
-    assert len(fingerprints) == 5
+    fingerprints.add(features_fingerprint(encoder, plain, pictures))
+    assert len(fingerprints) == 7
 
     monkeypatch.setattr(TDDModel, "get_image_features", encode)
-    assert not cache_features(encoder, processor, pictures, path).equal(first)
+    assert not stack(cache_features(encoder, processor, pictures, tmp_path)).equal(first)
 
 
 def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, processor, pictures, tmp_path):
@@ -269,109 +264,63 @@ def test_a_cache_is_read_by_the_same_encoder_from_another_folder(encoder, proces
         again = TDDModel.from_encoder_pretrained(
             tmp_path / name, pooling=None, vocab_size=9, hidden_size=32, num_attention_heads=2
         )
-        loaded_processor = AutoImageProcessor.from_pretrained(tmp_path / name)
-        fingerprints.add(features_fingerprint(again, loaded_processor, pictures, torch.float16))
+        views = AugmentedViews(Augmentation(), AutoImageProcessor.from_pretrained(tmp_path / name), 1)
+        fingerprints.add(features_fingerprint(again, views, pictures))
     assert len(fingerprints) == 1
 
 
-def test_views_are_augmented_and_apart(encoder, processor, tmp_path):
-    images = [PILImage.effect_noise((16, 16), 90).convert("RGB") for _ in range(3)]
-    noise = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
-    recipe = AugmentationRecipe(scale=(0.3, 0.6))
-    views = [AugmentedViews(recipe, processor, view) for view in (0, 1)]
-    plain = cache_features(encoder, processor, noise, tmp_path / "plain.safetensors")
-    first, second = (
-        cache_features(encoder, view, noise, tmp_path / f"{i}.safetensors") for i, view in enumerate(views)
-    )
-    assert first.shape == plain.shape and not first.equal(plain) and not first.equal(second)
-    assert cache_features(encoder, views[0], noise, tmp_path / "0.safetensors").equal(first)
-    assert features_fingerprint(encoder, views[0], noise, torch.float16) != features_fingerprint(
-        encoder, views[1], noise, torch.float16
-    )
+def test_views_are_augmented_and_depend_on_their_row_alone(encoder, processor, pictures, tmp_path):
+    views = AugmentedViews(Augmentation(scale=(0.3, 0.6)), processor, num_views=2)
+    plain = stack(cache_features(encoder, processor, pictures, tmp_path))
+    features = stack(cache_features(encoder, views, pictures, tmp_path / "views"))
+    assert features.shape == (5, 2, 17, 32)
+    assert not features[:, 0].equal(features[:, 1]) and not features[:, 0].equal(plain)
+    assert (tmp_path / "views").exists()
+    torch.manual_seed(9)
+    again = stack(cache_features(encoder, views, pictures.select(range(3)), tmp_path / "again", batch_size=2))
+    torch.testing.assert_close(again, features[:3], atol=5e-3, rtol=0)
 
 
-def test_a_failed_or_foreign_cache_is_replaced(encoder, processor, pictures, tmp_path, monkeypatch):
-    path = tmp_path / "features.safetensors"
-    path.write_text("something else")
+def test_an_interrupted_encoding_leaves_no_cache(encoder, processor, pictures, tmp_path, monkeypatch):
+    encode, calls = TDDModel.get_image_features, []
+
+    def interrupted(model, pixel_values):
+        calls.append(len(pixel_values))
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return encode(model, pixel_values)
+
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(TDDModel, "get_image_features", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
-        cache_features(encoder, processor, pictures, path)
-    assert path.read_text() == "something else" and len(list(tmp_path.iterdir())) == 1
-    assert cache_features(encoder, processor, pictures, path).shape == (5, 17, 32)
-    with pytest.raises(ValueError, match="`dtype` must be one of torch.float16, torch.float32, got torch.int8"):
-        cache_features(encoder, processor, pictures, path, dtype=torch.int8)
-    with pytest.raises(ValueError, match="at least one image"):
-        cache_features(encoder, processor, pictures.select([]), path)
-
-
-# ---- Metrics
-
-
-def test_exact_match_and_token_f1():
-    references = [["man: dark skin tone"], ["a cat", "the black cat"], ["red heart"]]
-    assert split_tokens("man: medium-dark, x") == ["man", ":", "medium", "-", "dark", ",", "x"]
-    assert exact_match(["man : dark  skin tone", "the black cat", "blue heart"], references) == pytest.approx(2 / 3)
-    # 4 of 5 tokens against 5: 2 * 4 / 10; the better of two references: 2 * 2 / 5; an empty caption: 0
-    predictions = ["man: light skin tone", "black cat", ""]
-    assert token_f1(predictions, references) == pytest.approx((0.8 + 0.8 + 0) / 3)
-    # A token counts no more often than the reference has it: 2 * 1 / (2 + 2)
-    assert token_f1(["cat cat"], [["a cat"]]) == 0.5
-
-
-def test_stutter_and_fluency():
-    assert stutter_share(["man : : light", "light light skin", "family: man, man, boy", "a cat"]) == 0.5
-    seen = seen_bigrams(["man: medium-light skin tone", "woman: dark skin tone"])
-    captions = {
-        "woman: medium-light skin tone": True,  # new, of known parts
-        "man: light skin tone": False,  # ": light" is not known
-        "man: medium-light skin": False,  # ends too soon
-        "skin tone": False,  # starts too late
-        "": False,
-    }
-    for caption, is_fluent in captions.items():
-        assert fluent_share([caption], seen) == is_fluent
-
-
-def test_metrics_together():
-    seen = seen_bigrams(["a cat"])
-    metrics = caption_metrics(["a cat", "cat cat"], [["a cat"], ["a dog"]], seen)
-    assert metrics == {"exact_match": 0.5, "token_f1": 0.5, "stutter": 0.5, "fluent": 0.5}
-    assert "fluent" not in caption_metrics(["a cat"], [["a cat"]])
-    with pytest.raises(ValueError, match="a list of captions for each image, got a string"):
-        caption_metrics(["a cat"], ["a cat"])
-    with pytest.raises(ValueError, match="must have the same length, at least 1, got 2 and 1"):
-        caption_metrics(["a cat", "a dog"], [["a cat"]])
-
-
-def test_coco_metrics():
-    references = [["A man rides a horse.", "Man riding a brown horse"], ["Two dogs play on grass"], ["A red bus"]]
-    perfect = coco_metrics(["a man rides a horse", "two dogs play on grass!", "a red bus"], references)
-    assert perfect["bleu_4"] == pytest.approx(1, abs=1e-6) and perfect["cider"] > 5
-    # 4 words of 5 right, in order, but for the last: precisions 4/5, 3/4, 2/3, 1/2, lengths equal
-    score = coco_metrics(["two dogs play on sand"], [["two dogs play on grass"]])["bleu_4"]
-    assert score == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-6)
-    assert coco_metrics(["a", "b", "c"], references)["cider"] < 0.1 * perfect["cider"]
+        patch.setattr(TDDModel, "get_image_features", interrupted)
+        cache_features(encoder, processor, pictures, tmp_path, batch_size=2)
+    assert calls == [2, 2, 1] and list(tmp_path.iterdir()) == []
+    assert len(stack(cache_features(encoder, processor, pictures, tmp_path))) == 5
 
 
 # ---- The script, as users run it
 
 
 def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
-    data = load_caption_data(load_recipe(RECIPE).data)
+    data = load_captions(load_recipe(RECIPE).data)
     few = tmp_path / "few.parquet"
     data["train"].select(range(64)).to_parquet(few)
     files = [f"data.data_files.{split}={few}" for split in ("train", "validation", "test_combo", "test_vendor")]
-    settings = ["training.epochs=1", "training.num_workers=0", "data.caption_column=captions", "augmentation.size=32"]
+    settings = [
+        "training.num_train_epochs=1",
+        "training.dataloader_num_workers=0",
+        "data.caption_column=captions",
+        "augmentation.size=32",
+    ]
     narrow = ["model.vision_config.model_args.channels=[8, 8, 16, 16]", "training.batch_size=32"]
     command = [sys.executable, str(SCRIPT), str(RECIPE), "--set", *settings, *narrow, *files]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| validation  |" in done.stdout
+    assert "validation" in done.stdout
 
-    folder = tmp_path / "outputs/emoji_encoder"
+    folder = tmp_path / "outputs/emoji_encoder/encoder-seed0"
     scores = json.loads((folder / "result.json").read_text())["scores"]
-    assert set(scores) == {"validation", "test_combo", "test_vendor"}
-    assert all(0 <= value <= 1 for split in scores.values() for value in split.values())
+    assert [entry["split"] for entry in scores] == ["validation", "test_combo", "test_vendor"]
+    assert all(0 <= entry[metric] <= 1 for entry in scores for metric in ("word_map", "word_f1"))
 
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")

@@ -2,7 +2,6 @@
 """Parameters of the paper's tables, the cost of a training step, and scripts/estimate.py as users run it."""
 
 import re
-import runpy
 import sys
 import time
 from pathlib import Path
@@ -10,23 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTImageProcessor
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
-from modeling_tdd.training.cost import (
-    MACHINES,
-    Machine,
-    Model,
-    StepCost,
-    measure_machine,
-    median_seconds,
-    training_cost,
-)
+from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
+from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.recipe import load_recipe
 
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "scripts/recipes"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+RECIPES = SCRIPTS / "recipes"
+sys.path.append(str(SCRIPTS))
+
+import estimate  # noqa: E402
+
 
 # Millions of parameters that the paper gives. Its 632 M for ViT-H/14 are those at 224 x 224: at 448 x 448 there are
 # 768 more position embeddings of width 1,280, another 1.0 M.
@@ -68,7 +66,7 @@ def test_rows_of_table_2_differ_in_one_ablation_each():
         changed[path.stem] = {key: value for key, value in recipe.model.items() if base.model.get(key) != value}
         assert recipe.augmentation == base.augmentation
         epochs = 400 if path.stem in ("regression_loss", "cross_entropy_loss") else 500
-        assert (recipe.training.epochs, recipe.training.batch_size) == (epochs, 4096)
+        assert (recipe.training["num_train_epochs"], recipe.training["batch_size"]) == (epochs, 4096)
     assert changed.pop("regression_loss") == {
         "prediction_type": "epsilon",
         "loss_weighting": "none",
@@ -99,16 +97,14 @@ def batch_of(model: Model, images: int) -> dict[str, Tensor]:
 def test_operations_of_a_classifier_are_those_of_a_real_step(make_model, fields):
     model = make_model(num_labels=40, **fields).train()
     model.set_attn_implementation("eager")
-    assert training_cost(model, (16, 16)).operations(3) == count_step(model, **batch_of(model, 3))
+    assert training_cost(model, 3, (16, 16))[0] == count_step(model, **batch_of(model, 3))
 
 
 @pytest.mark.parametrize("corruption", ["gaussian", "mask"])
 def test_operations_of_a_captioner_are_those_of_a_real_step(make_captioner, corruption):
     model = make_captioner(vocab_size=50, corruption=corruption, condition_dropout=0.0).train()
     model.set_attn_implementation("eager")
-    cost = training_cost(model, (16, 16))
-    assert cost.operations(3) == count_step(model, **batch_of(model, 3))
-    assert (cost.noise.total > 0) == (corruption == "gaussian")
+    assert training_cost(model, 3, (16, 16))[0] == count_step(model, **batch_of(model, 3))
 
 
 def test_a_frozen_encoder_costs_nothing(make_captioner):
@@ -116,90 +112,106 @@ def test_a_frozen_encoder_costs_nothing(make_captioner):
     model.set_attn_implementation("eager")
     batch = batch_of(model, 3)
     batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
-    cost = training_cost(model, (16, 16))
-    assert cost.encoder.total == 0 and cost.operations(3) == count_step(model, **batch)
-    assert cost.parameters - cost.trainable == sum(p.numel() for p in model.model.encoder.parameters())
+    assert training_cost(model, 3, (16, 16))[0] == count_step(model, **batch)
+    assert device_memory(model, 0) == 20 * model.num_parameters() - 16 * model.model.encoder.num_parameters()
 
 
-def test_operations_of_the_papers_model_are_those_of_the_closed_form():
+def test_operations_of_the_papers_models_are_those_of_the_closed_form():
     with torch.device("meta"):
-        model = TDDForImageClassification(TDDConfig(num_labels=1000))
-    cost = training_cost(model, (224, 224))
+        mdd = TDDForImageClassification(TDDConfig(num_labels=1000, corruption="mask"))
+        tdd = TDDForImageClassification(TDDConfig(num_labels=1000))
     n, d = 197, 768
     patches, layer = 2 * 196 * d * d, 8 * n * d * d + 4 * n * n * d + 4 * n * d * 4 * d
-    assert cost.encoder.forward == patches + 12 * layer
-    assert cost.encoder.backward == patches + 2 * 12 * layer  # pixels need no gradient
-    assert cost.noise.forward == 2 * 1000 * d * d
-    assert abs(cost.encoder_parameters / 1e6 - 87) < 1 and abs(cost.parameters / 1e6 - 111) < 1
+    # Backward is twice the forward pass, but for the pixels, which need no gradient
+    assert training_cost(mdd, 1, (224, 224))[0] == 3 * (patches + 12 * layer + 2 * d * 1000) - patches
+    one, two = (training_cost(tdd, images, (224, 224))[0] for images in (1, 2))
+    # Whatever the batch size: W^T W forward and backward, and two products of the gradient of its Cholesky factor
+    assert 2 * one - two == 2 * 2 * 1000 * d * d + 2 * d**3
 
 
 def test_memory_of_replicated_and_sharded_training(make_model):
     model = make_model()
-    whole, half = (training_cost(model, (16, 16), precision) for precision in ("no", "bf16"))
-    ddp, fsdp = whole.memory(8), whole.memory(8, devices=4, shard=True)
-    assert ddp["weights"] + ddp["gradients"] + ddp["optimiser"] + ddp["moving average"] == 20 * whole.parameters
-    assert fsdp["optimiser"] * 4 == ddp["optimiser"] and ddp["weights"] / 4 < fsdp["weights"]
-    assert fsdp["activations"] == ddp["activations"] > 4 * whole.memory(1)["activations"]
-    assert 0.4 * whole.activation_bytes < half.activation_bytes < 0.95 * whole.activation_bytes
+    activations = {dtype: training_cost(model, 8, (16, 16), dtype)[1] for dtype in (torch.float32, torch.bfloat16)}
+    whole, half = activations.values()
+    assert whole > 4 * training_cost(model, 1, (16, 16))[1] > 0 and 0.4 * whole < half < 0.95 * whole
+    assert device_memory(model, whole) == 20 * model.num_parameters() + whole
+    assert device_memory(model, whole, shards=4) == 5 * model.num_parameters() + whole
 
 
 # ---- Time
 
 
-def test_time_follows_its_formula(make_model):
-    cost = training_cost(make_model(), (16, 16))
-    machine = Machine("m", 1, operations_per_second=1e6, bytes_per_second=1e5, overhead=0.5)
-    expected = 3 * (cost.operations(8) / 1e6 + 0.5) + cost.parameters * (28 + 12) / 1e5
-    assert machine.step_seconds(cost, 8, accumulation=3) == pytest.approx(expected)
-    assert all(machine.operations_per_second > 1e9 and machine.basis for machine in MACHINES.values())
-
-
-def real_seconds(model: Model, cost: StepCost, images: int) -> tuple[float, float]:
-    """Predicted and real processor time of a step; the prediction is from smaller steps."""
-    machine = measure_machine(model, [batch_of(model, images // 4), batch_of(model, images // 2)], cost, process_time)
-    optimizer, batch = torch.optim.AdamW(model.parameters(), fused=True), batch_of(model, images)
-    average = torch.optim.swa_utils.AveragedModel(model)
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-
-    return machine.step_seconds(cost, images), median_seconds(step, process_time)
-
-
-process_time = time.process_time  # other processes on the machine do not count
-
-
-def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_config):
-    """There are three tries, since other processes that share the processor's caches disturb the measurement."""
+def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_config, monkeypatch):
+    """Of a step with twice the images of the measured one, in a network of twice the depth. It is the time of this
+    process, and there are three tries: other processes share the processor's caches."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     vision_config.hidden_size, vision_config.intermediate_size = 128, 512
-    model = make_model(hidden_size=128, intermediate_size=512, num_labels=200).train()
-    cost = training_cost(model, (16, 16))
+    fields = {"hidden_size": 128, "intermediate_size": 512, "num_labels": 200}
+    small = make_model(**fields)
+    vision_config.num_hidden_layers = 4
+    large = make_model(**fields, num_hidden_layers=4)
+    steps = ((small, 64), (large, 128))
+    operations = [training_cost(model, images, (16, 16))[0] for model, images in steps]
+    args = TDDTrainingArguments(mixed_precision="no", use_cpu=True)
     ratios = []
     for _ in range(3):
-        predicted, real = real_seconds(model, cost, 64)
-        ratios.append(predicted / real)
+        seconds = [estimate.measure_step(model, images, (16, 16), args) for model, images in steps]
+        ratios.append(operations[1] / operations[0] * seconds[0] / seconds[1])
         if 0.75 < ratios[-1] < 1.25:
             return
-    pytest.fail(f"predicted / real: {ratios}")
+    pytest.fail(f"predicted / real: {ratios}, operations {operations}")
 
 
 # ---- The script
 
 
-def test_script_measures_and_prints_its_formula(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "digits.yaml"), "--measure"])
-    runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
+def run_script(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *arguments])
+    estimate.main()
+
+
+@pytest.mark.parametrize("ema_decay, optimizer", [(0.9, "AveragedAdamW"), (0, "AdamW")])
+def test_script_measures_the_step_that_trains(monkeypatch, capsys, ema_decay, optimizer):
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda made, *_: steps.append(type(made).__name__))
+    run_script(monkeypatch, str(RECIPES / "digits.yaml"), "--measure", "--set", f"training.ema_decay={ema_decay}")
+    hook.remove()
+    assert set(steps) == {optimizer}
     output = capsys.readouterr().out
-    assert "| encoder, per image" in output and "measured now" in output
-    assert "epoch = 22 steps x step = " in output and "training = 50 epochs = " in output
-    step, images = re.search(r"= ([\d.e-]+) s for (\d+) images", output).groups()
-    assert int(images) == 64 and 1e-4 < float(step) < 60
+    assert "0.2 M parameters, 0.2 M are trained" in output and "measured now" in output
+    assert "training = 50 epochs = 1100 steps = " in output
+    assert 1e-4 < float(re.search(r"= 1 x [\d.]+ / [\d.]+ = ([\d.e-]+) s", output)[1]) < 60
 
 
-def test_script_needs_to_know_how_many_categories(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", str(RECIPES / "emoji_subgroups.yaml")])
-    with pytest.raises(ValueError, match="does not say how many labels there are: give `--categories`"):
-        runpy.run_path(str(ROOT / "scripts/estimate.py"), run_name="__main__")
+def test_script_for_a_named_machine_agrees_with_its_formula(monkeypatch, capsys):
+    run_script(monkeypatch, str(RECIPES / "table1/tdd_vit_b16.yaml"), "--machine", "a100x8")
+    output = capsys.readouterr().out
+    assert "8 x A100 80 GB SXM: 104 TFLOP/s each, a third of the peak (assumed" in output
+    operations, seconds = map(float, re.search(r"= 2 x ([\d.]+) / 1.04e\+05 = ([\d.]+) s", output).groups())
+    assert seconds == pytest.approx(2 * operations / 104e3, rel=1e-3)
+    assert operations == pytest.approx(256 * float(re.search(r"([\d.]+) GFLOP per image", output)[1]), rel=1e-4)
+    assert "training = 500 epochs = 156000 steps = " in output
+
+
+def test_script_for_a_captioner_on_a_pretrained_encoder(monkeypatch, capsys, vision_config, tmp_path):
+    vision_config.intermediate_size = 4096  # so that its parameters count in millions
+    vision_config.save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    changes = [f"encoder={tmp_path}", "tokenizer.vocab_size=1000", "augmentation.size=16"]
+    run_script(monkeypatch, str(RECIPES / "emoji.yaml"), "--set", *changes)
+    parameters, trained = re.search(r"([\d.]+) M parameters, ([\d.]+) M are trained", capsys.readouterr().out).groups()
+    assert float(parameters) > float(trained)  # the encoder is frozen
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("emoji", "no encoder outputs/emoji_encoder.* python scripts/train.py .*recipes/emoji_encoder.yaml"),
+        ("emoji_subgroups", "lacks `data.num_labels`: give `--set data.num_labels=NUMBER`"),
+        ("emoji_encoder", "Give a recipe for a classifier or a captioner"),
+    ],
+)
+def test_script_says_what_is_missing(monkeypatch, tmp_path, recipe, message):
+    monkeypatch.chdir(tmp_path)  # where no encoder was trained
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, str(RECIPES / f"{recipe}.yaml"))

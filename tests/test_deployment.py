@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.onnx import ONNXProgram
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
-from transformers import TorchAoConfig
+from transformers import TorchAoConfig, ViTImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDModel
 
@@ -25,10 +26,11 @@ from modeling_tdd import TDDForCaptioning, TDDModel
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
 
-from export_onnx import DenoiserStep, PrefixEncoder, load_model, sample_inputs  # noqa: E402
+from export_onnx import DenoiserStep, PrefixEncoder, export_onnx, load_model, sample_inputs  # noqa: E402
 
 
 MakeModel = Callable[..., nn.Module]
+IMAGE_SHAPE = (3, 16, 16)
 
 
 @pytest.fixture(params=["classifier", "captioner"])
@@ -91,14 +93,14 @@ def test_compiled_training(make_captioner: MakeModel, pixel_values: Tensor) -> N
 @torch.no_grad()
 def test_exported_encoder_and_step(model: nn.Module) -> None:
     encoder, step = PrefixEncoder(model).eval(), DenoiserStep(model).eval()
-    pixel_values, inputs = sample_inputs(model, rows=2)
+    pixel_values, inputs = sample_inputs(model, IMAGE_SHAPE, rows=2)
     key_values = list(encoder(pixel_values))
     rows = {0: Dim("rows")}
     exported_encoder = torch.export.export(encoder, (pixel_values,), dynamic_shapes=(rows,)).module()
     exported_step = torch.export.export(
         step, (inputs, key_values), dynamic_shapes=([rows] * len(inputs), [rows] * len(key_values))
     ).module()
-    pixel_values, inputs = sample_inputs(model, rows=5)
+    pixel_values, inputs = sample_inputs(model, IMAGE_SHAPE, rows=5)
     key_values = list(encoder(pixel_values))
     torch.testing.assert_close(list(exported_encoder(pixel_values)), key_values, atol=1e-5, rtol=1e-5)
     logits = step(inputs, key_values)
@@ -113,7 +115,7 @@ def test_exported_encoder_and_step(model: nn.Module) -> None:
 def test_a_model_works_after_it_was_exported_first(make_model: MakeModel, pixel_values: Tensor) -> None:
     """Its schedules are cached for all models, and the tracer's tensors must not be."""
     model = make_model(num_timesteps=17)  # a schedule that no other test has asked for
-    _, inputs = sample_inputs(model, rows=2)
+    _, inputs = sample_inputs(model, IMAGE_SHAPE, rows=2)
     key_values = list(PrefixEncoder(model)(pixel_values[:2]))
     torch.export.export(DenoiserStep(model).eval(), (inputs, key_values))
     assert type(model(pixel_values).logits.sum().item()) is float
@@ -129,14 +131,15 @@ def test_onnx(make_model: MakeModel, make_captioner: MakeModel, tmp_path: Path, 
     else:
         model = make_captioner(vocab_size=50, corruption="mask" if kind == "mask captioner" else "gaussian")
     model.save_pretrained(tmp_path / "checkpoint")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "checkpoint")
     output = tmp_path / "onnx"
     program = [sys.executable, SCRIPTS / "export_onnx.py", tmp_path / "checkpoint", "--output", output]
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert "largest difference from the model" in printed
+    assert "both graphs agree with the model to 1e-4" in printed
     assert {path.name for path in output.iterdir()} >= {"encoder.onnx", "denoiser_step.onnx"}
     assert sorted(tmp_path.iterdir()) == [tmp_path / "checkpoint", output]
 
-    pixel_values, inputs = sample_inputs(model, rows=4)
+    pixel_values, inputs = sample_inputs(model, IMAGE_SHAPE, rows=4)
     denoiser, head = model.model.denoiser, model.get_output_embeddings()
     conditional = head(denoiser(*inputs, prefix=model.model.get_prefix(pixel_values)).last_hidden_state)
     unconditional = head(denoiser(*inputs).last_hidden_state)
@@ -154,6 +157,16 @@ def test_onnx(make_model: MakeModel, make_captioner: MakeModel, tmp_path: Path, 
     (conditional,), (unconditional,) = (step.run(["logits"], {**arrays, **made}) for made in (of_images, of_nothing))
     guided = torch.from_numpy(unconditional + 2 * (conditional - unconditional))
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_that_differs_is_not_written(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ONNXProgram.__call__
+    monkeypatch.setattr(ONNXProgram, "__call__", lambda *inputs: tuple(made + 2e-4 for made in call(*inputs)))
+    with pytest.raises(AssertionError, match="not close"):
+        export_onnx(make_model(), IMAGE_SHAPE, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_mdds_classifier_has_no_step_to_export(make_model: MakeModel, tmp_path: Path) -> None:

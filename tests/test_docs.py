@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Tests of the documents: they name every field, and what they and the code refer to exists."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -14,7 +15,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_tdd"
 PAPER = (ROOT / "docs/paper.md").read_text()
 # Where files are that the documents name
-FOLDERS = (ROOT, PACKAGE, ROOT / "scripts/recipes")
+FOLDERS = (ROOT, PACKAGE, PACKAGE / "training", ROOT / "scripts", ROOT / "scripts/recipes")
+# Which rooms of the package a room may import, as docs/architecture.md says
+ROOMS = {
+    "core": set(),
+    "evaluation": {"core"},
+    "publishing": {"core", "evaluation"},
+    "training": {"core", "evaluation"},
+}
 
 OWN_FIELDS = [name for name, kind in TDDConfig.__annotations__.items() if "ClassVar" not in str(kind)]
 
@@ -74,7 +82,7 @@ def test_citations_are_found_in_all_forms() -> None:
     assert cited_decisions(text) == {1, 2, 3, 9, 11, 12, 13, 14, 26}
 
 
-@pytest.mark.parametrize("document", ["paper", "design"])
+@pytest.mark.parametrize("document", ["paper", "design", "architecture"])
 def test_every_named_file_exists(document: str) -> None:
     files = named_files((ROOT / f"docs/{document}.md").read_text())
     assert len(files) > 5
@@ -90,3 +98,35 @@ def test_every_named_function_is_in_its_file() -> None:
         if not re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b", source, re.MULTILINE):
             missing.append((name, file))
     assert missing == []
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """The rooms of the package from which a file imports, wherever in the file."""
+    modules = set()
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join((*parts[: len(parts) - node.level], node.module or "")) if node.level else node.module
+            modules |= {f"{start}.{alias.name}".replace("..", ".") for alias in node.names}
+    names = [module.split(".") for module in modules if module.split(".")[0] == "modeling_tdd"]
+    return {name[1] if len(name) > 1 and name[1] in ROOMS else "core" for name in names}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_one_way(room: str) -> None:
+    files = sorted(PACKAGE.glob("*.py")) if room == "core" else sorted((PACKAGE / room).rglob("*.py"))
+    assert len(files) > 1
+    assert {file.name: imported_rooms(file) - ROOMS[room] - {room} for file in files} == {f.name: set() for f in files}
+    assert any(imported_rooms(file) == {room} for file in files) or room == "publishing"  # imports are found at all
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts").glob("*.py")), ids=lambda file: file.name)
+def test_scripts_are_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 150
+
+
+def test_training_and_scripts_stay_small() -> None:
+    files = [*(PACKAGE / "training").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2600

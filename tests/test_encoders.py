@@ -451,3 +451,13 @@ def test_images_of_another_number_of_channels(make_config: MakeConfig) -> None:
         assert model.get_image_features(torch.zeros(2, 1, 32, 32)).pooler_output.shape[:2] == (2, 1)
         with pytest.raises(ValueError, match=r"shape \(batch_size, 1, height, width\), got \(2, 3, 32, 32\)"):
             model.get_image_features(torch.zeros(2, 3, 32, 32))
+
+
+def test_an_encoder_is_measured_in_inference_mode_too() -> None:
+    """Measuring takes gradients, whatever mode the model is made in."""
+    config = AutoConfig.for_model(
+        "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    expected = _measure_on("meta", config)
+    with torch.inference_mode():
+        assert _measure_on("meta", config).layout == expected.layout

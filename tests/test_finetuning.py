@@ -1,11 +1,8 @@
-"""Fine-tuning with plain `Trainer`: averaged weights, both tasks, LoRA, and scripts/finetune.py as users run it."""
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""`TDDTrainer` in one process: averaged weights, both tasks, LoRA; and fine-tuning by scripts/train.py."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,47 +14,56 @@ from peft import PeftModel
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTImageProcessor, ViTModel
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    default_data_collator,
+)
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification, TDDProcessor
-from modeling_tdd.training.caption_data import CaptionCollator
-from modeling_tdd.training.data import EvalCollator, TrainCollator, build_train_transform, load_digits_dataset
-from modeling_tdd.training.ema import TRAINING_WEIGHTS_NAME, EMACallback
-from modeling_tdd.training.finetuning import (
-    CaptionMetrics,
-    EpochCallback,
-    TrainerDataset,
-    classification_metrics,
-    last_complete_checkpoint,
-)
-from modeling_tdd.training.lora import add_lora, merge_lora
-from modeling_tdd.training.recipe import AugmentationRecipe, load_recipe
+from modeling_tdd.evaluation.compute_metrics import CaptionMetrics, top1
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.batches import CaptionCollator, ImageCollator, TrainingRows
+from modeling_tdd.training.data import load_digits_dataset
+from modeling_tdd.training.lora import LoraRecipe, add_lora
+from modeling_tdd.training.recipe import load_recipe
+from modeling_tdd.training.tasks import load_processor, model_fields, start_model
 from modeling_tdd.training.tokenization import train_tokenizer
+from modeling_tdd.training.trainer import TDDTrainer
 
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts/finetune.py"
 EMOJI = ROOT / "scripts/data/emoji_mini"
-
-sys.path.insert(0, str(SCRIPT.parent))
-import finetune  # noqa: E402 - the scripts
-import train_captioning  # noqa: E402
+Weights = dict[str, Tensor]
 
 
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    """Transformers' defaults, except for settings that keep a test small."""
-    defaults = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
-    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return TrainingArguments(str(folder), **{**defaults, **quiet, **settings})
+def arguments(folder: Path, **settings: Any) -> TDDTrainingArguments:
+    """Our defaults, except for settings that keep a test small."""
+    defaults = {"batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "mixed_precision": "no", "ema_decay": 0.9}
+    return TDDTrainingArguments(str(folder), **{**defaults, "report_to": "none", "disable_tqdm": True, **settings})
 
 
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+def assert_equal(first: Weights, second: Weights) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def assert_equal_but_for_rounding(first: Weights, second: Weights) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def weights(model: nn.Module) -> Weights:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def trained_weights(trainer: TDDTrainer) -> Weights:
+    """The weights that train, of an optimiser that holds the average, by the names of the parameters."""
+    state = trainer.optimizer.state
+    return {name: state[p]["other_weights"].clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture
@@ -75,195 +81,193 @@ def image_processor() -> ViTImageProcessor:
 
 
 @pytest.fixture
-def make_classification_trainer(
+def make_trainer(
     tmp_path: Path, make_model: Callable, shapes: Dataset, image_processor: ViTImageProcessor
-) -> Callable[..., Trainer]:
-    """Returns a function that makes a trainer of a tiny classifier, always the same, from callbacks and arguments."""
+) -> Callable[..., TDDTrainer]:
+    """A function from callbacks and settings to a trainer of a tiny classifier, which always starts alike."""
 
-    def make(*callbacks: TrainerCallback, model_fields: dict[str, Any] | None = None, **settings: Any) -> Trainer:
+    def make(
+        *callbacks: TrainerCallback, model: nn.Module | None = None, folder: str = "run", **settings: Any
+    ) -> TDDTrainer:
         torch.manual_seed(0)
-        data = TrainerDataset(shapes, EvalCollator(image_processor))
-        return Trainer(
-            make_model(**(model_fields or {})),
-            arguments(tmp_path / settings.pop("folder", "run"), **settings),
-            train_dataset=data,
-            eval_dataset=data,
+        return TDDTrainer(
+            model or make_model(),
+            arguments(tmp_path / folder, **settings),
+            train_dataset=shapes,
+            eval_dataset=shapes,
+            data_collator=ImageCollator(image_processor),
             processing_class=image_processor,
-            compute_metrics=classification_metrics,
+            compute_metrics=top1,
             callbacks=list(callbacks),
         )
 
     return make
 
 
-# ---- EMACallback
+# ---- The average
 
 
 class RecordWeights(TrainerCallback):
-    """The weights before training and after each step, and their average as timm computes it from them."""
+    """The weights after each step, and their average as timm computes it from them."""
+
+    def __init__(self, use_warmup: bool = True):
+        self.use_warmup = use_warmup
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
-        self.start = weights(model)
+        self.ema = ModelEmaV3(model, decay=0.9, use_warmup=self.use_warmup)
         self.raw, self.average = [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.ema.update(model, step=state.global_step)
+        self.ema.update(model, step=state.global_step if self.use_warmup else None)
         self.raw.append(weights(model))
         self.average.append(weights(self.ema.module))
 
 
-def test_the_average_is_evaluated_and_saved_and_stays_in_the_model(make_classification_trainer):
+def test_the_average_is_evaluated_and_saved_and_stays_in_the_model(make_trainer: Callable):
     schedule = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4}
     record = RecordWeights()
-    make_classification_trainer(record, folder="without", **schedule).train()
-    assert not equal(record.raw[-1], record.average[-1])
+    make_trainer(record, folder="without", ema_decay=0, **schedule).train()
+    moved = max((record.raw[-1][name] - average).abs().max() for name, average in record.average[-1].items())
+    assert moved > 1e-4
 
-    trainer = make_classification_trainer(EMACallback(decay=0.9), save_steps=4, **schedule)
+    trainer = make_trainer(save_steps=4, **schedule)
     trainer.train()
+    assert_equal_but_for_rounding(weights(trainer.model), record.average[-1])
+    assert_equal_but_for_rounding(trained_weights(trainer), record.raw[-1])
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 2
     for step, loss in zip((4, 8), evaluations):
-        folder = Path(trainer.args.output_dir) / f"checkpoint-{step}"
-        model = TDDForImageClassification.from_pretrained(folder)
-        assert equal(model.state_dict(), record.average[step - 1])
-        training = load_file(folder / TRAINING_WEIGHTS_NAME)
-        assert all(tensor.equal(record.raw[step - 1][name]) for name, tensor in training.items())
-        assert training.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model = TDDForImageClassification.from_pretrained(f"{trainer.args.output_dir}/checkpoint-{step}")
+        assert_equal_but_for_rounding(weights(model), record.average[step - 1])
         trainer.model.load_state_dict(model.state_dict())
         assert trainer.evaluate()["eval_loss"] == loss  # what was evaluated in training is what was saved
 
-    trainer = make_classification_trainer(EMACallback(decay=0.9), save_strategy="no", folder="end", **schedule)
+    trainer = make_trainer(save_strategy="no", folder="end", **{**schedule, "eval_strategy": "no"})
     trainer.train()
-    assert equal(trainer.model.state_dict(), record.average[-1])
+    assert_equal_but_for_rounding(weights(trainer.model), record.average[-1])
 
 
-def test_without_warmup_the_decay_is_constant(make_classification_trainer):
-    record = RecordWeights()
-    make_classification_trainer(record, folder="without", max_steps=4, save_strategy="no").train()
-    trainer = make_classification_trainer(EMACallback(0.9, warmup=False), max_steps=4, save_strategy="no")
+def test_without_warmup_the_decay_is_constant(make_trainer: Callable):
+    record = RecordWeights(use_warmup=False)
+    make_trainer(record, ema_decay=0, max_steps=4, save_strategy="no").train()
+    trainer = make_trainer(ema_warmup=False, max_steps=4, save_strategy="no")
     trainer.train()
-    expected = record.start
-    for raw in record.raw:
-        expected = {name: 0.9 * average + 0.1 * raw[name] for name, average in expected.items()}
-    torch.testing.assert_close(weights(trainer.model), expected)
-    moved = torch.cat([(record.average[-1][name] - average).flatten() for name, average in expected.items()])
-    assert moved.abs().max() > 1e-3  # with warm-up the average is another one
+    assert_equal_but_for_rounding(weights(trainer.model), record.average[-1])
 
 
-def test_best_checkpoint_is_the_best_average(make_classification_trainer):
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("last_step", [8, 7])  # an evaluation is the last thing before the end, or a step
+def test_best_checkpoint_is_the_best_average(make_trainer: Callable, last_step: int):
     settings = {"eval_strategy": "steps", "save_strategy": "best", "eval_steps": 2, "load_best_model_at_end": True}
-    trainer = make_classification_trainer(EMACallback(0.9), max_steps=8, learning_rate=3e-2, **settings)
+    trainer = make_trainer(StopAfter(last_step), max_steps=8, learning_rate=3e-2, **settings)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == last_step // 2
     assert trainer.evaluate()["eval_loss"] == min(losses) == trainer.state.best_metric
-    best = Path(trainer.state.best_model_checkpoint)
-    assert (best / TRAINING_WEIGHTS_NAME).exists()
-    assert equal(trainer.model.state_dict(), TDDForImageClassification.from_pretrained(best).state_dict())
-
-
-def test_settings_that_the_average_does_not_support_are_refused(make_classification_trainer, tmp_path):
-    with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.5"):
-        EMACallback(decay=1.5)
-    trainer = make_classification_trainer(EMACallback(), max_steps=1)
-    trainer.model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="needs float32 weights, got torch.bfloat16"):
-        trainer.train()
-
-    make_classification_trainer(max_steps=2, save_steps=1).train()
-    with pytest.raises(ValueError, match="checkpoint-1 lacks training_weights.safetensors"):
-        make_classification_trainer(EMACallback(), max_steps=2).train(str(tmp_path / "run/checkpoint-1"))
-    other = make_classification_trainer(EMACallback(), max_steps=2, folder="other")
-    with pytest.raises(ValueError, match="step 1 in .*other/checkpoint-1.* not the one"):
-        other.train(str(tmp_path / "run/checkpoint-1"))
-
-
-class SaveAlways(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = True
-
-
-def test_a_callback_that_saves_must_come_first(make_classification_trainer):
-    with pytest.raises(ValueError, match="must come before it"):
-        make_classification_trainer(EMACallback(), SaveAlways(), max_steps=1, save_strategy="no").train()
-    make_classification_trainer(SaveAlways(), EMACallback(), max_steps=1, save_strategy="no").train()
+    best = TDDForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_equal(weights(trainer.model), weights(best))
 
 
 # ---- Trainer's own settings
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(make_classification_trainer):
+def test_accumulated_gradients_are_those_of_the_whole_batch(make_trainer: Callable, make_model: Callable):
     """With the classifier of MDD, which draws nothing at random, single steps can be compared."""
     norms = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        trainer = make_classification_trainer(
-            model_fields={"corruption": "mask"},
-            max_steps=3,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            save_strategy="no",
-        )
+    for device_batch_size in (8, 2):
+        torch.manual_seed(0)
+        settings = {"max_steps": 3, "batch_size": 8, "device_batch_size": device_batch_size, "save_strategy": "no"}
+        trainer = make_trainer(model=make_model(corruption="mask"), **settings)
         trainer.train()
         norms.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "grad_norm" in e])
+    assert len(norms[0]) == 3
     torch.testing.assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_training_keeps_float32_weights(make_classification_trainer):
-    trainer = make_classification_trainer(EMACallback(0.9), max_steps=2, bf16=True, save_strategy="no")
+def test_half_precision_training_keeps_float32_weights(make_trainer: Callable):
+    trainer = make_trainer(max_steps=2, bf16=True, save_strategy="no")
+    dtypes = set()
+    projection = trainer.model.model.denoiser.layers[0].attention.q_proj
+    projection.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     before = weights(trainer.model)
     trainer.train()
+    assert dtypes == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-    assert not equal(before, trainer.model.state_dict()) and trainer.evaluate()["eval_loss"] > 0
+    assert any(not tensor.equal(before[name]) for name, tensor in weights(trainer.model).items())
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_the_data_get_the_epoch(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch):
+    epochs = []
+    monkeypatch.setattr(TrainingRows, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    make_trainer(num_train_epochs=3, save_strategy="no").train()
+    assert epochs == sorted(epochs) and set(epochs) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("task", ["classification", "captioning"])
+def test_plain_trainer_works_as_it_is(
+    tmp_path: Path, make_model: Callable, make_captioner: Callable, pixel_values: Tensor, task: str
+):
+    model = make_model() if task == "classification" else make_captioner()
+    labels = torch.tensor([0, 3, 4, 1]) if task == "classification" else torch.tensor([[5, i, 2] for i in range(3, 7)])
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels)]
+    settings = {"max_steps": 30, "learning_rate": 3e-3, "logging_steps": 10, "save_steps": 30, "report_to": "none"}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **settings),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
     assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
-
-
-def test_draws_of_a_row_depend_only_on_seed_epoch_and_row(shapes, image_processor):
-    noisy = shapes.map(lambda row, i: {"image": PILImage.effect_noise((16, 16), 60).convert("RGB")}, with_indices=True)
-    transform = build_train_transform(AugmentationRecipe(scale=(0.2, 0.6), auto_augment="rand-m9"), image_processor)
-
-    def read(seed: int, epoch: int) -> torch.Tensor:
-        data = TrainerDataset(noisy, TrainCollator(transform), seed)
-        data.set_epoch(epoch)
-        return torch.stack([data[index]["pixel_values"] for index in (3, 5)])
-
-    state = torch.get_rng_state()
-    first = read(0, 0)
-    assert torch.get_rng_state().equal(state)  # what the model draws is not touched
-    torch.rand(7)
-    assert read(0, 0).equal(first)
-    assert not read(0, 1).equal(first) and not read(1, 0).equal(first)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-30")
+    assert_equal(weights(saved), weights(trainer.model))
 
 
 # ---- Both tasks, on real data
 
 
-def test_classifier_reaches_93_percent_on_digits(tmp_path):
-    digits = load_digits_dataset()
+def test_classifier_reaches_93_percent_on_digits(tmp_path: Path):
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True)
-    data = {split: TrainerDataset(rows, EvalCollator(processor)) for split, rows in digits.items()}
-    data = {split: [rows[index] for index in range(len(rows))] for split, rows in data.items()}  # read once
+    data = {}
+    for split, rows in load_digits_dataset().items():  # all images are read once
+        batch = ImageCollator(processor)(list(rows))
+        data[split] = [dict(zip(batch, values)) for values in zip(*batch.values())]
     size = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "initializer_range": 0.1}
     encoder = ViTConfig(image_size=8, patch_size=2, num_hidden_layers=2, **size)
     config = TDDConfig(vision_config=encoder, num_labels=10, num_hidden_layers=1, **size)
-    trainer = Trainer(
+    trainer = TDDTrainer(
         TDDForImageClassification(config),
         arguments(
             tmp_path,
             num_train_epochs=10,
-            per_device_train_batch_size=32,
+            batch_size=32,
             per_device_eval_batch_size=360,
             learning_rate=2e-3,
-            lr_scheduler_type="cosine",
             warmup_steps=0.1,
+            ema_decay=0.99,
             logging_steps=50,
             save_strategy="no",
         ),
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        compute_metrics=classification_metrics,
-        callbacks=[EMACallback(decay=0.99)],
+        data_collator=default_data_collator,
+        compute_metrics=top1,
     )
     trainer.train()
-    assert trainer.evaluate()["eval_accuracy"] >= 0.93  # measured: 96.7 %
+    assert trainer.evaluate()["eval_top1"] >= 0.93  # measured: 96.7 %
+    trainer.settings = {"num_inference_steps": 0}
+    with pytest.raises(ValueError, match="num_inference_steps"):  # the settings reach the model
+        trainer.evaluate()
 
 
 def first_rows(split: str, count: int) -> Dataset:
@@ -301,31 +305,28 @@ def emoji_captioner(emoji: Dataset) -> tuple[TDDForCaptioning, TDDProcessor]:
 
 
 def caption_trainer(
-    folder: Path,
-    model: nn.Module,
-    processor: TDDProcessor,
-    emoji: Dataset,
-    *callbacks: TrainerCallback,
-    **settings: Any,
-) -> Trainer:
-    data = TrainerDataset(emoji, CaptionCollator(processor))
-    metrics = CaptionMetrics(model, processor, emoji["captions"], num_inference_steps=5)
-    return Trainer(
+    folder: Path, model: nn.Module, processor: TDDProcessor, emoji: Dataset, **settings: Any
+) -> TDDTrainer:
+    texts = [captions[0] for captions in emoji["captions"]]
+    trainer = TDDTrainer(
         model,
-        arguments(folder, **{"per_device_train_batch_size": 8, **settings}),
-        train_dataset=data,
-        eval_dataset=data,
+        arguments(folder, **{"batch_size": 8, **settings}),
+        train_dataset=emoji,
+        eval_dataset=emoji,
+        data_collator=CaptionCollator(processor),
         processing_class=processor,
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.generate,
-        callbacks=list(callbacks),
+        compute_metrics=CaptionMetrics(processor, emoji["captions"], texts),
     )
+    trainer.settings = {"num_inference_steps": 5}
+    return trainer
 
 
-def test_captioner_learns_eight_emoji_by_heart(tmp_path, emoji, emoji_captioner):
+def test_captioner_learns_eight_emoji_by_heart(
+    tmp_path: Path, emoji: Dataset, emoji_captioner: tuple[TDDForCaptioning, TDDProcessor]
+):
     model, processor = emoji_captioner
     settings = {"max_steps": 200, "learning_rate": 3e-3, "save_strategy": "no", "per_device_eval_batch_size": 3}
-    trainer = caption_trainer(tmp_path / "run", model, processor, emoji, EMACallback(0.9), **settings)
+    trainer = caption_trainer(tmp_path / "run", model, processor, emoji, lr_scheduler_type="linear", **settings)
     assert trainer.evaluate()["eval_exact_match"] == 0
     trainer.train()
     metrics = trainer.evaluate()
@@ -337,20 +338,10 @@ def test_captioner_learns_eight_emoji_by_heart(tmp_path, emoji, emoji_captioner)
     assert captions == [captions[0] for captions in emoji["captions"]]
 
 
-def test_caption_metrics_need_both_hooks(tmp_path, emoji, emoji_captioner):
-    trainer = caption_trainer(tmp_path, *emoji_captioner, emoji)
-    trainer.preprocess_logits_for_metrics = None
-    with pytest.raises(ValueError, match="needs `preprocess_logits_for_metrics=metrics.generate`"):
-        trainer.evaluate()
-    emoji_captioner[1].tokenizer.model_max_length = int(1e30)
-    with pytest.raises(ValueError, match="Set `tokenizer.model_max_length`"):
-        CaptionCollator(emoji_captioner[1])
-
-
 # ---- LoRA
 
 
-def check_lora(trainer: Trainer, base: nn.Module, before: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
+def check_lora(trainer: TDDTrainer, base: nn.Module, before: Weights, inputs: dict[str, Any]) -> None:
     """Trains adapters, and checks that nothing else trains, that they are averaged, and that they load and merge."""
     trainer.train()
     changed = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -359,14 +350,16 @@ def check_lora(trainer: Trainer, base: nn.Module, before: dict[str, torch.Tensor
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
         if "lora_" not in name and "modules_to_save" not in name:
             assert tensor.equal(before[plain]), name
-    assert all(tensor.any() for name, tensor in trainer.model.named_parameters() if "lora_B" in name)  # 0 at first
+    averages = {name: tensor for name, tensor in trainer.model.named_parameters() if "lora_B" in name}
+    assert all(tensor.any() for tensor in averages.values())  # 0 at first
+    trained = trained_weights(trainer)
+    assert trained.keys() == changed and all(not trained[name].equal(tensor) for name, tensor in averages.items())
     expected = trainer.model.eval()(**inputs).logits
-    torch.manual_seed(0)  # a captioner's loss draws its timesteps
     loss = trainer.evaluate()["eval_loss"]
-    merge_lora(trainer)
+    trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     assert set(trainer.model.state_dict()) == set(before)
     torch.testing.assert_close(trainer.model.eval()(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
-    torch.manual_seed(0)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-3)
     adapted = PeftModel.from_pretrained(base, Path(trainer.args.output_dir) / "adapter").eval()
     torch.testing.assert_close(adapted(**inputs).logits, expected)
@@ -376,49 +369,49 @@ def check_lora(trainer: Trainer, base: nn.Module, before: dict[str, torch.Tensor
     ("target", "new_modules", "adapted", "whole"),
     [
         ("all", [], {"encoder", "denoiser"}, set()),
+        ("encoder", [], {"encoder"}, set()),
         ("denoiser", ["token_embedding", "classifier"], {"denoiser"}, {"token_embedding", "classifier"}),
         ("all", ["connector", "denoiser", "classifier"], {"encoder"}, {"connector", "denoiser", "classifier"}),
     ],
 )
 def test_lora_of_a_classifier(
-    make_classification_trainer, make_model, pixel_values, target, new_modules, adapted, whole
+    make_trainer: Callable,
+    make_model: Callable,
+    pixel_values: Tensor,
+    target: str,
+    new_modules: list[str],
+    adapted: set[str],
+    whole: set[str],
 ):
-    schedule = {"max_steps": 3, "learning_rate": 1e-2}
-    trainer = make_classification_trainer(EMACallback(0.5), folder="plain", **schedule)
-    before, base = weights(trainer.model), make_model()
+    model, base = make_model(), make_model()
+    before = weights(model)
     base.load_state_dict(before)
-    model = add_lora(trainer.model, 2, target, new_modules)
+    model = add_lora(model, LoraRecipe(2, target), new_modules)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {
         part for part in ("encoder", "denoiser") if any(f"{part}." in n and "lora_" in n for n in trainable)
     } == adapted
     assert {n.split(".modules_to_save")[0].split(".")[-1] for n in trainable if ".modules_to_save" in n} == whole
-    trainer = Trainer(
-        model,
-        trainer.args,
-        train_dataset=trainer.train_dataset,
-        eval_dataset=trainer.eval_dataset,
-        compute_metrics=classification_metrics,
-        callbacks=[EMACallback(0.5)],
-    )
+    trainer = make_trainer(model=model, max_steps=3, learning_rate=1e-2)
     assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
     check_lora(trainer, base, before, {"pixel_values": pixel_values})
 
 
-def test_lora_of_a_captioner(tmp_path, emoji, emoji_captioner):
+def test_lora_of_a_captioner(tmp_path: Path, emoji: Dataset, emoji_captioner: tuple[TDDForCaptioning, TDDProcessor]):
     model, processor = emoji_captioner
     before, base = weights(model), TDDForCaptioning(model.config)
     base.load_state_dict(before)
-    trainer = caption_trainer(
-        tmp_path, add_lora(model, 2), processor, emoji, EMACallback(0.5), max_steps=3, learning_rate=1e-2
-    )
+    settings = {"max_steps": 3, "learning_rate": 1e-2}
+    trainer = caption_trainer(tmp_path, add_lora(model, LoraRecipe(2)), processor, emoji, **settings)
     inputs = processor(images=list(emoji["image"]), return_tensors="pt")
     check_lora(trainer, base, before, inputs)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_captioner_resumes_from_any_folder(tmp_path, emoji, emoji_captioner, rank):
-    """With adapters and without: the callback restores what `Trainer` does not."""
+def test_captioner_resumes_from_any_folder(
+    tmp_path: Path, emoji: Dataset, emoji_captioner: tuple[TDDForCaptioning, TDDProcessor], rank: int
+):
+    """With adapters and without."""
     model, processor = emoji_captioner
     start = weights(model)
     ends = []
@@ -426,35 +419,22 @@ def test_captioner_resumes_from_any_folder(tmp_path, emoji, emoji_captioner, ran
         model = TDDForCaptioning(model.config)
         model.load_state_dict(start)
         torch.manual_seed(0)
-        model = add_lora(model, rank) if rank else model
-        settings = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-        trainer = caption_trainer(
-            tmp_path / folder,
-            model,
-            processor,
-            emoji,
-            EMACallback(0.9),
-            resume_from_checkpoint=checkpoint,
-            **settings,
-        )
+        model = add_lora(model, LoraRecipe(rank)) if rank else model
+        settings = {"max_steps": 6, "save_steps": 3, "batch_size": 2, "learning_rate": 1e-2}
+        trainer = caption_trainer(tmp_path / folder, model, processor, emoji, **settings)
         trainer.train(checkpoint)
-        ends.append((weights(trainer.model), load_file(tmp_path / folder / f"checkpoint-6/{TRAINING_WEIGHTS_NAME}")))
-    assert equal(ends[0][0], ends[1][0]) and equal(ends[0][1], ends[1][1])
+        assert trainer.state.global_step == 6
+        ends.append((weights(trainer.model), trained_weights(trainer)))
+    for first, second in zip(*ends):
+        assert_equal(first, second)
 
 
-def test_lora_without_a_module_to_adapt_is_refused(make_model):
-    with pytest.raises(ValueError, match="`target` must be one of denoiser, encoder, all, got 'head'"):
-        add_lora(make_model(), 2, "head")
+def test_lora_without_a_module_to_adapt_is_refused(make_model: Callable):
     with pytest.raises(ValueError, match="nothing to adapt"):
-        add_lora(make_model(), 2, "denoiser", ["denoiser"])
+        add_lora(make_model(), LoraRecipe(2, "denoiser"), ["denoiser"])
 
 
-# ---- The script, as users run it
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
-    finetune.main()
+# ---- The script
 
 
 @pytest.fixture
@@ -468,158 +448,124 @@ def digits_checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_killed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, digits_checkpoint):
-    """The run is killed while or after it writes a checkpoint within an epoch. It has random crops and accumulated
-    gradients."""
+class Killed(BaseException):
+    """Ends a training as SIGKILL does: at once, without a further checkpoint. (tests/test_scale.py truly kills.)"""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            raise Killed
+
+
+def test_killed_fine_tuning_ends_as_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_checkpoint: Path, run_train: Callable
+):
+    """In mid-epoch, with random crops and accumulated gradients."""
     settings = [
-        *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits"),
-        *("--augmentation", '{"scale": [0.5, 1.0]}', "--ema_decay", "0.9", "--learning_rate", "0.001"),
-        *("--max_steps", "40", "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "15"),
-        *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2"),
-        *("--per_device_eval_batch_size", "360", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"),
+        *("--set", f"checkpoint={digits_checkpoint}", "data.path=digits", "augmentation.scale=[0.5, 1.0]"),
+        *("training.max_steps=40", "training.save_steps=5", "training.eval_strategy=steps", "training.eval_steps=15"),
+        *("training.device_batch_size=16", "training.ema_decay=0.9", "training.learning_rate=1e-3"),
     ]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_here(monkeypatch, *settings, "--output_dir", str(whole))
+    run_train("finetune", "--output-dir", "whole", *settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        prepare = TDDTrainer.__init__
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *settings, "--output_dir", str(killed)]
-    log = tmp_path / "log"
-    with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process:
-        deadline = time.monotonic() + 240
-        while not (killed / "checkpoint-10").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and (killed / "checkpoint-10").exists(), log.read_text()
-    assert not (killed / "model.safetensors").exists()
-    assert last_complete_checkpoint(killed, with_ema=True) is not None
+        def prepare_to_be_killed(self: TDDTrainer, *args: Any, **kwargs: Any) -> None:
+            prepare(self, *args, callbacks=[KillAt(13)], **kwargs)
 
-    run_here(monkeypatch, *settings, "--output_dir", str(killed))
-    for name in ("model.safetensors", f"checkpoint-40/{TRAINING_WEIGHTS_NAME}", "checkpoint-40/model.safetensors"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    average, last = load_file(whole / "model.safetensors"), load_file(whole / f"checkpoint-40/{TRAINING_WEIGHTS_NAME}")
-    assert any(not average[name].equal(tensor) for name, tensor in last.items())
-    scores = [json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] for folder in (whole, killed)]
-    assert scores[0] == scores[1]
-
-
-def test_script_can_keep_the_decay_constant(tmp_path, monkeypatch, digits_checkpoint):
-    output = tmp_path / "out"
-    run_here(
-        monkeypatch,
-        *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", "digits", "--use_cpu"),
-        *("--ema_decay", "0.9", "--ema_warmup", "false", "--learning_rate", "0.001", "--warmup_steps", "0"),
-        *("--max_steps", "1", "--save_steps", "1", "--per_device_eval_batch_size", "360"),
-        *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(output)),
+        patch.setattr(TDDTrainer, "__init__", prepare_to_be_killed)
+        run_train("finetune", "--output-dir", "killed", *settings)
+    assert not (tmp_path / "killed/tdd-seed0").exists()
+    output = run_train("finetune", "--output-dir", "killed", *settings).out
+    assert "Resuming from killed/tdd-seed0-training/checkpoint-10." in output
+    whole, killed = tmp_path / "whole/tdd-seed0", tmp_path / "killed/tdd-seed0"
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert any(
+        not tensor.equal(before)
+        for tensor, before in zip(
+            load_file(whole / "model.safetensors").values(),
+            load_file(digits_checkpoint / "model.safetensors").values(),
+        )
     )
-    start, average = load_file(digits_checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
-    last = load_file(output / f"checkpoint-1/{TRAINING_WEIGHTS_NAME}")
-    for name, trained in last.items():
-        torch.testing.assert_close(average[name], 0.9 * start[name] + 0.1 * trained)
-    assert any(not average[name].equal(trained) for name, trained in last.items())  # with warm-up it is a copy
+    scores = [json.loads((folder / "result.json").read_text())["scores"] for folder in (whole, killed)]
+    assert scores[0] == scores[1] and scores[0][0]["num_inference_steps"] == 10
 
 
-def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
-    for step, state in ((5, "{}"), (10, "{}"), (15, '{"epoch": 0.'), (20, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    (tmp_path / f"checkpoint-5/{TRAINING_WEIGHTS_NAME}").touch()
-    assert last_complete_checkpoint(tmp_path, with_ema=False) == str(tmp_path / "checkpoint-10")
-    assert last_complete_checkpoint(tmp_path, with_ema=True) == str(tmp_path / "checkpoint-5")
-    assert last_complete_checkpoint(tmp_path / "none", with_ema=True) is None
+SHORT = ("training.max_steps=2", "training.batch_size=4", "training.eval_strategy=no", "training.save_strategy=no")
 
 
-QUIET = ("--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "2")
-
-
-def test_script_gives_an_image_folder_a_new_head(tmp_path, monkeypatch, digits_checkpoint, caplog):
+def test_script_gives_an_image_folder_a_new_head_and_adapters(
+    tmp_path: Path, digits_checkpoint: Path, run_train: Callable, caplog: pytest.LogCaptureFixture
+):
     for label, colour in (("day", "white"), ("night", "black")):
         for index in range(6):
             file = tmp_path / f"images/{label}/{index}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             PILImage.new("RGB", (20, 14), colour).save(file)
-    output = tmp_path / "out"
-    run_here(
-        monkeypatch,
-        *("--task", "classification", "--model", str(digits_checkpoint), "--dataset", str(tmp_path / "images")),
-        *(
-            "--eval_share",
-            "0.34",
-            "--lora_rank",
-            "2",
-            "--lora_target",
-            "denoiser",
-            "--output_dir",
-            str(output),
-            *QUIET,
-        ),
-    )
-    model = TDDForImageClassification.from_pretrained(output)
+    changes = (f"checkpoint={digits_checkpoint}", "data.data_dir=images", "data.eval_share=0.34")
+    changes += ("lora={rank: 2, target: denoiser}", "training.learning_rate=0.01")
+    warning = "has 10 labels, but the data have 2: the label embedding and the classifier are initialised anew"
+    run_train("finetune", "--set", *changes, *SHORT)
+    assert warning in caplog.text
+    folder = tmp_path / "outputs/finetune/tdd-seed0"
+    model = TDDForImageClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "day", 1: "night"} and model.classifier.out_features == 2
-    assert 0 <= json.loads((output / "eval_results.json").read_text())["eval_accuracy"] <= 1
+    (entry,) = json.loads((folder / "result.json").read_text())["scores"]
+    assert entry["split"] == "validation" and (5 * entry["top1"]) % 1 == pytest.approx(0, abs=1e-9)  # of 5 images
     old = TDDForImageClassification.from_pretrained(digits_checkpoint)
-    assert equal(model.model.encoder.state_dict(), old.model.encoder.state_dict())
-    assert (output / "adapter/adapter_model.safetensors").exists()
+    assert_equal(weights(model.model.encoder), weights(old.model.encoder))
+    assert not model.model.denoiser.layers[0].attention.q_proj.weight.equal(
+        old.model.denoiser.layers[0].attention.q_proj.weight
+    )
+    assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+    assert not (folder / "adapter_config.json").exists()
+    adapter = load_file(folder.with_name("tdd-seed0-adapter") / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in adapter) and any("classifier" in name for name in adapter)
 
 
-def test_script_trains_a_captioner_from_an_encoder_and_then_on_other_data(tmp_path, monkeypatch):
-    encoder = tmp_path / "encoder"
+def test_script_trains_a_captioner_from_an_encoder_and_then_on_other_data(tmp_path: Path, run_train: Callable):
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(image_size=32, patch_size=16, **size), add_pooling_layer=False).save_pretrained(encoder)
-    ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(encoder)
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **size), add_pooling_layer=False).save_pretrained("encoder")
+    ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained("encoder")
     for number, split in enumerate(("validation", "test_combo")):
         folder = tmp_path / f"data{number}"
         folder.mkdir()
         first_rows(split, 16).to_parquet(folder / "train.parquet")
-    common = ("--task", "captioning", "--eval_share", "0.25", *QUIET)
-    overrides = json.dumps({**size, "max_position_embeddings": 12})
-    run_here(
-        monkeypatch,
-        *("--encoder", str(encoder), "--tokenizer_kind", "word", "--config_overrides", overrides),
-        *("--dataset", str(tmp_path / "data0"), "--output_dir", str(tmp_path / "first"), *common),
-    )
-    run_here(
-        monkeypatch,
-        *("--model", str(tmp_path / "first"), "--dataset", str(tmp_path / "data1")),
-        *("--output_dir", str(tmp_path / "second"), *common),
-    )
-    first, second = (TDDProcessor.from_pretrained(tmp_path / name).tokenizer for name in ("first", "second"))
-    assert first.get_vocab() == second.get_vocab() and second.model_max_length == 12
-    metrics = json.loads((tmp_path / "second/eval_results.json").read_text())
-    assert {"eval_exact_match", "eval_token_f1", "eval_stutter", "eval_fluent"} <= metrics.keys()
-    TDDForCaptioning.from_pretrained(tmp_path / "second")
+    model = json.dumps({**size, "max_position_embeddings": 12, "pooling": None})
+    first = ("--set", "encoder=encoder", "data.path=data0", "data.eval_share=0.25", *SHORT)
+    with pytest.raises(ValueError, match="`model.max_position_embeddings`"):
+        run_train("finetune_captions", "--output-dir", "bad", *first)
+    run_train("finetune_captions", "--output-dir", "first", *first, f"model={model}", "tokenizer.kind=word")
+    second = ("--set", "checkpoint=first/tdd-seed0", "data.path=data1", "data.eval_share=0.25", *SHORT)
+    table = run_train("finetune_captions", "--output-dir", "second", *second).out
+    assert "exact_match" in table and "10 steps" in table
+    tokenizers = [TDDProcessor.from_pretrained(tmp_path / f"{n}/tdd-seed0").tokenizer for n in ("first", "second")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab() and tokenizers[1].model_max_length == 12
+    (entry,) = json.loads((tmp_path / "second/tdd-seed0/result.json").read_text())["scores"]
+    assert {"exact_match", "token_f1", "stutter", "fluent"} <= entry.keys()
+    captioner = TDDForCaptioning.from_pretrained(tmp_path / "second/tdd-seed0")
+    assert captioner.config.max_position_embeddings == 12 and not math.isnan(captioner.lm_head.weight.sum().item())
 
 
-def test_recipe_starts_from_a_captioner(tmp_path, emoji_captioner):
-    """So a captioner of VL-enriched is fine-tuned on COCO with scripts/train_captioning.py."""
+def test_recipe_starts_from_a_captioner(tmp_path: Path, emoji_captioner: tuple[TDDForCaptioning, TDDProcessor]):
+    """So a captioner of VL-enriched is fine-tuned on COCO."""
     model, processor = emoji_captioner
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     fields = "{max_position_embeddings: 10, pooling: null, timesteps_per_image: 3}"
-    recipe = load_recipe(
-        ROOT / "scripts/recipes/coco_vit_b16.yaml", [f"model_checkpoint={tmp_path}", f"model={fields}"]
-    )
-    loaded = train_captioning.make_processor(recipe, {})
+    changes = [f"checkpoint={tmp_path}", "encoder=null", "tokenizer={}", f"model={fields}"]
+    recipe = load_recipe(ROOT / "scripts/recipes/coco_vit_b16.yaml", changes)
+    loaded = load_processor(recipe, [])
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab() and loaded.tokenizer.model_max_length == 10
-    started = train_captioning.make_model(recipe, "tdd", loaded)
-    assert equal(started.state_dict(), model.state_dict()) and started.config.timesteps_per_image == 3
+    started, new_modules = start_model(TDDForCaptioning, recipe, model_fields(recipe, "tdd"), ["lm_head"])
+    assert_equal(weights(started), weights(model))
+    assert started.config.timesteps_per_image == 3 and new_modules == []
 
 
-def test_script_needs_either_a_model_or_an_encoder(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="one of --model and --encoder, got None and None"):
-        run_here(monkeypatch, "--task", "classification", "--dataset", "digits", "--output_dir", str(tmp_path))
-
-
-def test_label_smoothing_of_trainer_is_refused(monkeypatch, tmp_path):
-    common = ("--task", "classification", "--dataset", "digits", "--model", "any", "--output_dir", str(tmp_path))
-    with pytest.raises(ValueError, match="label smoothing in --config_overrides"):
-        run_here(monkeypatch, *common, "--label_smoothing_factor", "0.1")
-
-
-def test_the_data_get_the_epoch(make_classification_trainer):
-    epochs = []
-    trainer = make_classification_trainer(EpochCallback(), num_train_epochs=3, save_strategy="no")
-    trainer.train_dataset.set_epoch = epochs.append
-    trainer.train()
-    assert set(epochs) == {0, 1, 2}
+def test_a_recipe_without_anything_to_start_from_is_refused(run_train: Callable):
+    with pytest.raises(ValueError, match="`checkpoint`, `encoder` or `model`"):
+        run_train("finetune", "--set", "data.path=digits", *SHORT)

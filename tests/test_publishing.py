@@ -24,7 +24,6 @@ from transformers import ViTImageProcessor
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDProcessor
 from modeling_tdd.evaluation.step_curves import score_table
 from modeling_tdd.publishing.model_card import eval_results, read_runs
-from modeling_tdd.training.recipe import load_recipe
 
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +155,20 @@ def write_result(folder: Path, method: str, seed: int, token_f1: float, recipe: 
 
 @pytest.fixture
 def recipe() -> dict[str, Any]:
-    return load_recipe(ROOT / "scripts/recipes/emoji.yaml").to_dict()
+    """What a run of scripts/recipes/emoji.yaml holds of its recipe, as far as the card reads it."""
+    files = {split: str(ROOT / f"scripts/data/emoji_mini/{split}.parquet") for split in ("train", "validation")}
+    return {
+        "name": "emoji",
+        "model": {"freeze_encoder": True},
+        "image_processor": {},
+        "data": {"path": "parquet", "data_files": files, "data_dir": None, "train_split": "train"},
+        "training": make_training_recipe(num_train_epochs=25, base_learning_rate=0.008),
+        "encoder": "outputs/emoji_encoder",
+    }
+
+
+def make_training_recipe(**fields: Any) -> dict[str, Any]:
+    return {"batch_size": 64, "weight_decay": 0.05, "ema_decay": 0.998, **fields}
 
 
 @pytest.fixture
@@ -195,7 +207,7 @@ def test_scores_are_means_with_their_spread_over_seeds(run_folder: Path) -> None
 
 
 def test_runs_with_different_recipes_are_refused(run_folder: Path, recipe: dict[str, Any]) -> None:
-    recipe["training"]["epochs"] = 1
+    recipe["training"]["num_train_epochs"] = 1
     write_result(run_folder.with_name("tdd-seed3"), "tdd", 3, 0.9, recipe)
     with pytest.raises(ValueError, match="tdd-seed3 was trained by another recipe"):
         read_runs(run_folder)
@@ -227,9 +239,16 @@ def test_card_of_a_classifier(
     folder = tmp_path / "digits/tdd-seed0"
     make_model().save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    scores = [{"num_inference_steps": n, "guidance_scale": g, "top1": 0.9} for g in (1.0, 1.5) for n in (1, 10)]
-    recipe = load_recipe(ROOT / "scripts/recipes/digits.yaml").to_dict()
-    result = {"method": "tdd", "seed": 0, "recipe": recipe, "accuracy": scores}
+    grid = [{"num_inference_steps": n, "guidance_scale": g, "top1": 0.9} for g in (1.0, 1.5) for n in (1, 10)]
+    scores = [{"split": "validation", **entry} for entry in grid]
+    recipe = {
+        "name": "digits",
+        "model": {},
+        "image_processor": {"size": {"height": 8, "width": 8}},
+        "data": {"path": "digits", "train_split": "train"},
+        "training": make_training_recipe(num_train_epochs=50, base_learning_rate=0.004),
+    }
+    result = {"method": "tdd", "seed": 0, "recipe": recipe, "scores": scores}
     (folder / "result.json").write_text(json.dumps(result))
     code, output = author.run(PUBLISH, folder, "--dry-run")
     assert code == 0, output

@@ -32,7 +32,7 @@ README = ROOT / "README.md"
 EMOJI = ROOT / "scripts/data/emoji_mini"
 SET_UP = ("python3 -m venv", ". ", "pip install")
 
-SHORTER = ["training.epochs=1", "training.warmup_epochs=0", "training.num_workers=0"]
+SHORTER = ["training.num_train_epochs=1", "training.warmup_steps=0", "training.dataloader_num_workers=0"]
 SHORTER_EMOJI = [
     *SHORTER,
     f"data.data_files={{train: {EMOJI}/validation.parquet, validation: {EMOJI}/validation.parquet}}",
@@ -208,14 +208,14 @@ def test_commands_that_are_not_run_are_right(block: Block, command: str, monkeyp
 
 
 def test_what_is_checked_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = "accelerate launch scripts/train_classification.py scripts/recipes/digits.yaml --seeds 1"
+    command = "accelerate launch scripts/train.py scripts/recipes/digits.yaml --seeds 1"
     assert parse_command(command, monkeypatch).seeds == [1]
     with pytest.raises(SystemExit):
         parse_command(f"{command} --no-such-flag", monkeypatch)
     with pytest.raises(ValueError, match="There is no recipe"):
         parse_command(command.replace("digits", "no_such_recipe"), monkeypatch)
-    with pytest.raises(ValueError, match="Unknown keys in `training`: epoch"):
-        parse_command(f"{command} --set training.epoch=1", monkeypatch)
+    with pytest.raises(ValueError, match="Unknown keys in `training`: num_epochs"):
+        parse_command(f"{command} --set training.num_epochs=1", monkeypatch)
 
 
 def test_how_blocks_are_read() -> None:
@@ -241,6 +241,5 @@ print(1)
     ]
     assert bash.reason_not_to_run() is None and bash.reason_not_to_run(bash.commands[0]) is None
     assert bash.reason_not_to_run(bash.commands[1]) == "needs 8 GPUs"
-    assert shlex.split(shorten("python scripts/x.py scripts/recipes/digits.yaml --set training.epochs=3"))[-1] == (
-        "training.epochs=3"
-    )
+    longer = shorten("python scripts/x.py scripts/recipes/digits.yaml --set training.num_train_epochs=3")
+    assert shlex.split(longer)[-1] == "training.num_train_epochs=3"

@@ -1,54 +1,72 @@
-"""The training side: recipes, data, augmentation, the loop, and scripts/train_classification.py as users run it."""
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""The training side: recipes, settings, the averaged optimiser, and scripts/train.py as users run it on digits."""
 
+import copy
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
-from transformers import ViTImageProcessor, pipeline
+from safetensors.torch import load_file
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import nn
+from transformers import TrainerCallback, ViTImageProcessor, pipeline
 
 import modeling_tdd  # noqa: F401 - registers the Auto classes
-from modeling_tdd import TDDConfig
-from modeling_tdd.training.cli import recipe_method
-from modeling_tdd.training.data import (
-    EvalCollator,
-    TrainCollator,
-    build_mixup,
-    build_train_transform,
-    load_classification_data,
-)
-from modeling_tdd.training.loop import make_accelerator, make_loader, prepare_training, update_ema
-from modeling_tdd.training.recipe import AugmentationRecipe, DataRecipe, TrainingRecipe, load_recipe
-from modeling_tdd.training.results import mean_and_spread, save_checkpoint, write_json
+from modeling_tdd import TDDConfig, TDDForImageClassification
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.averaging import AveragedAdamW
+from modeling_tdd.training.batches import build_mixup, build_train_transform
+from modeling_tdd.training.recipe import Recipe, load_recipe
+from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
+from modeling_tdd.training.tasks import methods_of
+from modeling_tdd.training.trainer import TDDTrainer
 
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "scripts/recipes").rglob("*.yaml"))
-SCRIPT = [str(ROOT / "scripts/train_classification.py"), str(ROOT / "scripts/recipes/digits.yaml")]
+DIGITS = str(ROOT / "scripts/recipes/digits.yaml")
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import train as script  # noqa: E402
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TDDTrainingArguments]:
+    """A function from fields to the settings of a small training."""
+
+    def make(**fields: Any) -> TDDTrainingArguments:
+        return TDDTrainingArguments(str(tmp_path), **{"report_to": "none", "mixed_precision": "no", **fields})
+
+    return make
 
 
 # ---- Recipes
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_its_model_configuration_is_valid(path):
+def test_every_recipe_loads_and_its_model_configuration_is_valid(path: Path, tmp_path: Path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     TDDConfig(**recipe.model)
+    TDDTrainingArguments(str(tmp_path), **recipe.training)
     ViTImageProcessor(**recipe.image_processor)
 
 
-def test_imagenet_recipe_is_the_papers():
+def test_imagenet_recipe_is_the_papers(arguments: Callable):
     recipe = load_recipe(ROOT / "scripts/recipes/imagenet_vit_b16.yaml")
-    training, augmentation = recipe.training, recipe.augmentation
-    assert (training.epochs, training.warmup_epochs, training.batch_size) == (500, 20, 4096)
+    training, augmentation = arguments(**recipe.training), recipe.augmentation
+    assert (training.num_train_epochs, training.warmup_steps, training.batch_size) == (500, 20 / 500, 4096)
     assert (training.base_learning_rate, training.weight_decay, training.max_grad_norm) == (1e-4, 0.3, 3.0)
     assert training.learning_rate == pytest.approx(1.6e-3) and training.adam_beta2 == 0.95
+    assert training.lr_scheduler_type == "cosine" and training.optim.startswith("adamw_torch")
     assert training.ema_decay == 0.9999 and not training.ema_warmup
     process = {"loss_weighting": "alpha_bar", "input_weighting": "none", "noise_schedule": "cosine"}
     process |= {"label_smoothing": 0.1, "num_inference_steps": 20}
@@ -62,9 +80,9 @@ def test_imagenet_recipe_is_the_papers():
     assert "ColorJitter" not in transform
 
 
-def test_learning_rates_of_the_recipes():
-    rates = {path.stem: load_recipe(path).training.learning_rate for path in RECIPES if path.parent.name == "recipes"}
-    assert rates == pytest.approx(
+def test_learning_rates_of_the_recipes(arguments: Callable):
+    recipes = {path.stem: load_recipe(path) for path in RECIPES if path.parent.name == "recipes"}
+    assert {name: arguments(**recipe.training).learning_rate for name, recipe in recipes.items()} == pytest.approx(
         {
             "coco_vit_b16": 1e-4,
             "digits": 1e-3,
@@ -73,20 +91,22 @@ def test_learning_rates_of_the_recipes():
             "emoji_encoder_full": 2e-3,
             "emoji_full": 2e-3,
             "emoji_subgroups": 1e-3,
+            "finetune": 1e-4,
+            "finetune_captions": 1e-4,
             "imagenet_vit_b16": 1.6e-3,
             "imagenet_vl_enriched": 3e-4,
             "paper_captions": 2e-3,
         }
     )
-    digits = load_recipe(SCRIPT[1], ["training.batch_size=256"])
-    assert digits.training.learning_rate == digits.training.base_learning_rate == 4e-3
+    digits = arguments(**load_recipe(DIGITS, ["training.batch_size=256"]).training)
+    assert digits.learning_rate == digits.base_learning_rate == 4e-3
 
 
 def test_recipes_of_figure_5_differ_in_the_weightings_alone():
     recipes = [load_recipe(path) for path in RECIPES if path.parent.name == "fig5"]
     weightings = {(recipe.model["input_weighting"], recipe.model["loss_weighting"]) for recipe in recipes}
     assert weightings == {(first, second) for first in ("none", "visibility") for second in ("none", "alpha_bar")}
-    digits = load_recipe(SCRIPT[1])
+    digits = load_recipe(DIGITS)
     for recipe in recipes:
         assert recipe.training == digits.training and recipe.data == digits.data
         assert recipe.model == digits.model | {key: recipe.model[key] for key in ("input_weighting", "loss_weighting")}
@@ -95,57 +115,70 @@ def test_recipes_of_figure_5_differ_in_the_weightings_alone():
 
 
 def test_overrides_change_nested_values():
-    changes = ["training.epochs=5", "training.base_learning_rate=1e-4", "model.vision_config.num_hidden_layers=1"]
-    recipe = load_recipe(SCRIPT[1], changes)
-    assert recipe.training.epochs == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
-    assert recipe.training.base_learning_rate == 1e-4  # YAML 1.1 would read a string
+    changes = ["training.num_train_epochs=5", "training.base_learning_rate=1e-4"]
+    changes += ["model.vision_config.num_hidden_layers=1", "lora.rank=4", "training.mixed_precision=no"]
+    recipe = load_recipe(DIGITS, changes)
+    assert recipe.training["num_train_epochs"] == 5 and recipe.model["vision_config"]["num_hidden_layers"] == 1
+    assert recipe.training["base_learning_rate"] == 1e-4  # YAML 1.1 would read a string
+    assert recipe.training["mixed_precision"] == "no"  # and `False` here
+    assert load_recipe(DIGITS, ["training.ema_warmup=false"]).training["ema_warmup"] is False
+    assert recipe.lora.rank == 4 and load_recipe(DIGITS).lora is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("training.epoch=5", "Unknown keys in `training`: epoch. Allowed: epochs"),
+        ("training.epochs=5", "Unknown keys in `training`: epochs. Allowed: .*num_train_epochs"),
         ("trainer.epochs=5", "Unknown keys in `recipe`: trainer"),
-        ("training.epochs", "must read `section.key=value`, got 'training.epochs'"),
-        ("training.epochs=0", "`training.epochs` must be at least 1, got 0"),
-        ("training.base_learning_rate=0", "`training.base_learning_rate` must be above 0, got 0"),
-        ("training.learning_rate=1e-3", "Unknown keys in `training`: learning_rate. Allowed: .*base_learning_rate"),
-        ("training.mixed_precision=int8", "`training.mixed_precision` must be .*got 'int8'"),
+        ("tokenizer.kind=bpe", "Unknown keys in `recipe`: tokenizer"),  # a classifier has none
+        ("training.num_train_epochs", "must read `section.key=value`, got 'training.num_train_epochs'"),
+        ("task=detection", "`task` of .*digits.yaml must be one of classification, captioning, encoder, got 'detect"),
+        ("feature_views=2", "Unknown keys in `recipe`: feature_views"),
+        ("data.eval_share=1", r"`data.eval_share` must be 0, or in \(0, 1\) .*, got 1"),
+        ("lora={rank: 0}", "`lora.rank` must be at least 1, got 0"),
+        ("lora={rank: 1, target: head}", "`lora.target` must be one of denoiser, encoder, all, got 'head'"),
+        ("checkpoint=some", "`image_processor` must be empty: the checkpoint or the encoder brings its own"),
     ],
 )
-def test_bad_overrides_are_named(change, message):
+def test_bad_overrides_are_named(change: str, message: str):
     with pytest.raises(ValueError, match=message):
-        load_recipe(SCRIPT[1], [change])
+        load_recipe(DIGITS, [change])
 
 
-def test_missing_parts_of_a_recipe_are_named(tmp_path):
-    tree = yaml.safe_load(Path(SCRIPT[1]).read_text())
+def test_a_start_from_both_a_checkpoint_and_an_encoder_is_refused():
+    with pytest.raises(ValueError, match="Give `checkpoint` or `encoder`, got one and two"):
+        load_recipe(ROOT / "scripts/recipes/finetune.yaml", ["checkpoint=one", "encoder=two"])
+
+
+def test_missing_parts_of_a_recipe_are_named(tmp_path: Path):
+    tree = yaml.safe_load(Path(DIGITS).read_text())
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.dump({**tree, "data": {}}))
     with pytest.raises(ValueError, match="Section `data`.*path"):
         load_recipe(file)
-    del tree["model"]
+    del tree["data"]
     file.write_text(yaml.dump(tree))
-    with pytest.raises(ValueError, match="lacks the section `model`"):
+    with pytest.raises(ValueError, match="lacks the section `data`"):
         load_recipe(file)
 
 
-def test_a_recipe_changes_its_base_key_by_key(tmp_path):
+def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path):
     (tmp_path / "bases").mkdir()
-    tree = yaml.safe_load(Path(SCRIPT[1]).read_text())
+    tree = yaml.safe_load(Path(DIGITS).read_text())
     tree["data"] = {"path": "parquet", "data_dir": "pictures", "data_files": {"train": "train.parquet"}}
     (tmp_path / "bases/plain.yaml").write_text(yaml.dump(tree))
-    (tmp_path / "bases/longer.yaml").write_text("base: plain.yaml\ntraining: {epochs: 7, warmup_epochs: 1}")
+    (tmp_path / "bases/longer.yaml").write_text("base: plain.yaml\ntraining: {num_train_epochs: 7, warmup_steps: 1}")
     file = tmp_path / "small.yaml"
     file.write_text(
         "base: bases/longer.yaml\n"
         "model: {vision_config: {num_hidden_layers: 1}}\n"
         "data: {data_files: {validation: held_out.parquet}}\n"
-        "training: {epochs: 3}\n"
+        "training: {num_train_epochs: 3}\n"
     )
     recipe, plain = load_recipe(file, ["training.batch_size=16"]), load_recipe(tmp_path / "bases/plain.yaml")
     assert recipe.name == "small"
-    assert (recipe.training.epochs, recipe.training.warmup_epochs, recipe.training.batch_size) == (3, 1, 16)
+    changes = {"num_train_epochs": 3, "warmup_steps": 1, "batch_size": 16}
+    assert recipe.training == plain.training | changes
     assert recipe.model["vision_config"] == {**plain.model["vision_config"], "num_hidden_layers": 1}
     # A path starts at the folder of the recipe that names it
     assert recipe.data.data_dir == str(tmp_path / "bases/pictures")
@@ -155,7 +188,7 @@ def test_a_recipe_changes_its_base_key_by_key(tmp_path):
     }
 
 
-def test_missing_and_circular_bases_are_named(tmp_path):
+def test_missing_and_circular_bases_are_named(tmp_path: Path):
     (tmp_path / "one.yaml").write_text("base: two.yaml")
     with pytest.raises(ValueError, match="There is no recipe .*two.yaml, the base of .*one.yaml"):
         load_recipe(tmp_path / "one.yaml")
@@ -164,105 +197,220 @@ def test_missing_and_circular_bases_are_named(tmp_path):
         load_recipe(tmp_path / "one.yaml")
 
 
-@pytest.mark.parametrize("model", [{}, {"corruption": "gaussian"}, {"corruption": "mask"}])
-def test_the_method_follows_from_the_recipe(model):
-    assert recipe_method(model) == ("mdd" if model.get("corruption") == "mask" else "tdd")
+def recipe_with(task: str, *changes: str) -> Recipe:
+    file = {"classification": "digits", "captioning": "emoji", "encoder": "emoji_encoder"}[task]
+    return load_recipe(ROOT / f"scripts/recipes/{file}.yaml", list(changes))
+
+
+def test_the_methods_follow_from_the_recipe(make_model: Callable, tmp_path: Path):
+    assert methods_of(recipe_with("classification")) == ["tdd", "mdd"]
+    assert methods_of(recipe_with("classification", "model.corruption=gaussian")) == ["tdd", "mdd"]
+    assert methods_of(recipe_with("classification", "model.corruption=mask")) == ["mdd", "tdd"]
+    assert methods_of(recipe_with("encoder")) == ["encoder"]
+    assert methods_of(recipe_with("captioning")) == ["tdd", "mdd", "ar", "nearest"]
+    # The nearest picture is found by cached features of a trained encoder
+    for changes in (["encoder=null"], ["data.streaming=true", "data.num_examples=9"]):
+        assert methods_of(recipe_with("captioning", *changes)) == ["tdd", "mdd", "ar"]
+    make_model(corruption="mask").save_pretrained(tmp_path)
+    assert methods_of(load_recipe(ROOT / "scripts/recipes/finetune.yaml", [f"checkpoint={tmp_path}"])) == ["mdd"]
     with pytest.raises(ValueError, match="`model.corruption` must be one of gaussian, mask, got 'blur'"):
-        recipe_method({**model, "corruption": "blur"})
+        methods_of(recipe_with("classification", "model.corruption=blur"))
 
 
-# ---- Data
+# ---- Settings
 
 
-def test_digits_are_split_evenly_by_class():
-    train, held_out, names = load_classification_data(DataRecipe(path="digits"))
-    assert (len(train), len(held_out), names) == (1437, 360, [str(digit) for digit in range(10)])
-    counts = torch.bincount(torch.tensor(held_out["label"]))
-    assert counts.min() >= 34 and counts.max() <= 37
-    assert train[0]["image"].size == (8, 8)
+def test_batch_size_is_reached_by_accumulation(arguments: Callable, capsys: pytest.CaptureFixture):
+    args = arguments(batch_size=32, device_batch_size=8, base_learning_rate=1e-3)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
+    line = "float32: batch size 32 = 8 x 1 x 4 accumulation step(s), learning rate 1.25e-04"
+    assert line in capsys.readouterr().out
+    args = arguments(batch_size=32)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 1)
+    assert args.learning_rate == 5e-5  # Transformers' own
+    for device_batch_size in (12, 64):
+        with pytest.raises(ValueError, match=f"`batch_size` must be a multiple .*got 32 and {device_batch_size} x 1"):
+            arguments(batch_size=32, device_batch_size=device_batch_size)
 
 
-def test_embedded_emoji_load_by_the_recipe():
-    train, held_out, names = load_classification_data(load_recipe(ROOT / "scripts/recipes/emoji_subgroups.yaml").data)
-    assert (len(train), len(held_out), len(names)) == (2000, 256, 98)
-    assert set(train.column_names) == {"image", "label"}
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixed_precision": "int8"}, "`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got 'int8'"),
+        ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), got 1.0"),
+        ({"num_train_epochs": 0}, "`num_train_epochs` must be above 0, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be above 0, got 0"),
+        ({"batch_size": 8, "base_learning_rate": 0}, "`base_learning_rate` must be above 0, got 0"),
+        ({"base_learning_rate": 1e-3}, "`device_batch_size` and `base_learning_rate` need `batch_size`"),
+        ({"device_batch_size": 4}, "`device_batch_size` and `base_learning_rate` need `batch_size`"),
+        ({"label_smoothing_factor": 0.1}, "Set the model's `label_smoothing`"),
+    ],
+)
+def test_bad_settings_are_named(arguments: Callable, fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        arguments(**fields)
 
 
-def test_missing_split_or_column_is_named():
-    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
-        load_classification_data(DataRecipe(path="digits", eval_split="test"))
-    with pytest.raises(ValueError, match="no column 'digit' in 'train'; it has image, label"):
-        load_classification_data(DataRecipe(path="digits", label_column="digit"))
+# ---- The averaged optimiser
 
 
-@pytest.fixture
-def processor():
-    return ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True)
+def make_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
 
 
-@pytest.fixture
-def examples():
-    return [{"image": PILImage.new("L", (12, 10), color=20 * i), "label": i % 3} for i in range(8)]
+def groups(network: nn.Module) -> list[dict[str, Any]]:
+    return param_groups_weight_decay(network, weight_decay=0.1)
 
 
-def test_evaluation_batches_are_what_the_saved_processor_makes(processor, examples):
-    batch = EvalCollator(processor)(examples)
-    expected = processor([example["image"].convert("RGB") for example in examples], return_tensors="pt").pixel_values
-    assert batch["pixel_values"].equal(expected) and batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+def set_gradients(network: nn.Module, step: int) -> None:
+    network.zero_grad()
+    data = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+    network(data).square().sum().backward()
 
 
-def test_without_augmentation_training_batches_equal_evaluation_batches(processor):
-    images = [PILImage.new("RGB", (8, 8), color=(30 * i, 10, 200)) for i in range(4)]
-    examples = [{"image": image, "label": 0} for image in images]
-    transform = build_train_transform(AugmentationRecipe(), processor)
-    train, held_out = TrainCollator(transform)(examples), EvalCollator(processor)(examples)
-    torch.testing.assert_close(train["pixel_values"], held_out["pixel_values"])
+def states(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def test_mixup_gives_probabilities(processor, examples):
-    recipe = AugmentationRecipe(mixup_alpha=0.8, cutmix_alpha=1.0)
-    collate = TrainCollator(build_train_transform(recipe, processor), build_mixup(recipe, num_labels=3))
-    labels = collate(examples)["labels"]
-    assert labels.shape == (8, 3)
-    torch.testing.assert_close(labels.sum(-1), torch.ones(8))
-    assert (labels.max(-1).values < 1).any()
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-# ---- Loop and results
-
-
-def test_batch_size_is_reached_by_accumulation():
-    recipe = TrainingRecipe(epochs=1, batch_size=32, device_batch_size=8, mixed_precision="no")
-    accelerator = make_accelerator(recipe)
-    assert accelerator.gradient_accumulation_steps == 4
-    with pytest.raises(ValueError, match="must be a multiple .*got 32 and 12 x 1"):
-        make_accelerator(TrainingRecipe(epochs=1, batch_size=32, device_batch_size=12, mixed_precision="no"))
-    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
-    few = Dataset.from_dict({"image": [PILImage.new("RGB", (8, 8))] * 4, "label": [0] * 4}, features=features)
-    with pytest.raises(ValueError, match="`training.batch_size` is 32, but there are only 4 images"):
-        make_loader(accelerator, recipe, few, lambda batch: batch, shuffle=True)
+def differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(not first[name].equal(second[name]) for name in first)
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_average_after_n_steps_is_the_closed_form(warmup):
-    recipe = TrainingRecipe(epochs=1, batch_size=1, ema_decay=0.9, ema_warmup=warmup, mixed_precision="no")
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, 5.0)
-    state = prepare_training(make_accelerator(recipe), recipe, model, steps_per_epoch=4, seed=0)
-    expected = 5.0
-    for step, weight in enumerate((1.0, 2.0, 4.0, 8.0)):
-        torch.nn.init.constant_(model.weight, weight)
-        state.progress.step = step + 1
-        update_ema(state)
-        decay = min(1 - (1 + step) ** (-2 / 3), 0.9) if warmup else 0.9
-        expected = decay * expected + (1 - decay) * weight
-    assert state.ema.module.weight.item() == pytest.approx(expected)
+def test_the_average_is_timms_and_the_weights_are_those_of_adamw(warmup: bool):
+    network, other = make_network(), make_network()
+    averaged = AveragedAdamW(groups(network), average_decay=0.7, average_warmup=warmup, lr=0.1)
+    adamw = torch.optim.AdamW(groups(other), lr=0.1)
+    reference = ModelEmaV3(other, decay=0.7, use_warmup=warmup)
+    for step in range(1, 9):  # with warm-up the decay is 0.7 from step 7 on
+        set_gradients(network, step)
+        set_gradients(other, step)
+        averaged.step()
+        adamw.step()
+        reference.update(other, step=step if warmup else None)
+        weights = states(network)
+        assert_equal(weights, states(other))
+        averaged.eval()
+        averaged.eval()  # changes nothing more
+        torch.testing.assert_close(states(network), states(reference.module), rtol=1e-6, atol=1e-7)
+        assert step == 1 or differ(states(network), weights)
+        averaged.train()
+        assert_equal(states(network), weights)
 
 
-def test_failed_save_leaves_the_old_checkpoint(tmp_path, make_model, processor):
+def test_a_step_without_gradients_changes_nothing():
+    network = make_network()
+    averaged = AveragedAdamW(network.parameters(), average_decay=0.7, lr=0.1)
+    set_gradients(network, 1)
+    averaged.step()
+    set_gradients(network, 2)
+    averaged.step()
+    before = copy.deepcopy((states(network), averaged.state_dict()))
+    network.zero_grad()
+    averaged.step()
+    torch.testing.assert_close((states(network), averaged.state_dict()), before, rtol=0, atol=0)
+    # A weight without a gradient stays, as does its average
+    set_gradients(network, 3)
+    network[0].weight.grad = None
+    averaged.step()
+    assert network[0].weight.equal(before[0]["0.weight"]) and not network[0].bias.equal(before[0]["0.bias"])
+    averages = [state["other_weights"] for state in averaged.state_dict()["state"].values()]
+    previous = [state["other_weights"] for state in before[1]["state"].values()]
+    assert [first.equal(second) for first, second in zip(averages, previous)] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("holds_average", [True, False])
+def test_a_saved_state_goes_on_as_if_unbroken(tmp_path: Path, holds_average: bool):
+    unbroken, resumed = make_network(), make_network()
+    first, second = (AveragedAdamW(groups(model), average_decay=0.7, lr=0.1) for model in (unbroken, resumed))
+    for step in range(1, 7):
+        if step == 4:
+            if holds_average:
+                first.eval()
+            torch.save([unbroken.state_dict(), first.state_dict()], tmp_path / "saved.pt")
+            first.train()
+        set_gradients(unbroken, step)
+        first.step()
+    weights, state = torch.load(tmp_path / "saved.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    second.load_state_dict(state)
+    second.train()
+    for step in range(4, 7):
+        set_gradients(resumed, step)
+        second.step()
+    assert_equal(states(resumed), states(unbroken))
+    first.eval()
+    second.eval()
+    assert_equal(states(resumed), states(unbroken))
+
+
+def test_settings_that_cannot_be_averaged_are_refused(arguments: Callable, make_model: Callable):
+    with pytest.raises(ValueError, match=r"`average_decay` must be in \[0, 1\), got 1.5"):
+        AveragedAdamW(make_network().parameters(), average_decay=1.5)
+    with pytest.raises(ValueError, match="weights must be float32 to be averaged, got torch.bfloat16"):
+        AveragedAdamW(make_network().to(torch.bfloat16).parameters())
+    with pytest.raises(ValueError, match="`optim` must be 'adamw_torch' to average the weights, got 'sgd'"):
+        TDDTrainer(make_model(), arguments(optim="sgd"))
+    TDDTrainer(make_model(), arguments(optim="sgd", ema_decay=0))
+
+
+@pytest.mark.parametrize("encoder", ["vit", "timm"])
+def test_the_weights_that_decay_are_those_of_timm(arguments: Callable, make_config: Callable, encoder: str):
+    fields: dict[str, Any] = {}
+    if encoder == "timm":  # with batch norm
+        layers = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+        fields["vision_config"] = {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": layers}
+        fields["pooling"] = "mean"
+    model = TDDForImageClassification(make_config(**fields))
+    trainer = TDDTrainer(model, arguments(weight_decay=0.3))
+    ours = trainer.create_optimizer().param_groups
+    none, all_others = param_groups_weight_decay(model, weight_decay=0.3)
+    expected = {0.0: set(none["params"]), 0.3: set(all_others["params"])}
+    assert {group["weight_decay"]: set(group["params"]) for group in ours} == expected
+    assert all(expected.values())
+
+
+# ---- Files
+
+
+def test_a_run_is_resumed_with_the_same_settings_alone(tmp_path: Path):
+    file = tmp_path / "run/run.json"
+    recipe = load_recipe(DIGITS)
+
+    def check(*changes: str, seed: int = 0) -> None:
+        check_same_run(file, {"method": "tdd", "seed": seed, "recipe": load_recipe(DIGITS, list(changes)).to_dict()})
+
+    check()
+    before = file.read_text()
+    check()
+    free = ("dataloader_num_workers=3", "cpu_threads=2", "logging_steps=1", "save_steps=7", "eval_steps=0.5")
+    check(*(f"training.{setting}" for setting in free), "evaluation.num_inference_steps=[3]")
+    with pytest.raises(ValueError, match="run is a run with other settings: ") as error:
+        check("training.num_train_epochs=3", "model.vision_config.num_hidden_layers=1", seed=1)
+    epochs, layers = recipe.training["num_train_epochs"], recipe.model["vision_config"]["num_hidden_layers"]
+    for part in (
+        "seed was 0, is 1",
+        f"recipe.training.num_train_epochs was {epochs}, is 3",
+        f"recipe.model.vision_config.num_hidden_layers was {layers}, is 1",
+        "--restart",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="recipe.model.label_smoothing was 0.1, is 0.2"):
+        check("model.label_smoothing=0.2")
+    with pytest.raises(ValueError, match="recipe.training.adam_beta2 was None, is 0.95"):
+        check("training.adam_beta2=0.95")
+    assert file.read_text() == before
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path: Path, make_model: Callable):
     folder = tmp_path / "model"
     model = make_model()
-    save_checkpoint(folder, model, processor)
+    save_checkpoint(folder, model, ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     class BrokenProcessor:
@@ -275,48 +423,118 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, make_model, processor):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_results_are_written_and_spread_is_the_standard_deviation(tmp_path):
+def test_results_are_written_into_new_folders(tmp_path: Path):
     write_json(tmp_path / "deep/result.json", {"top1": 0.5})
     assert json.loads((tmp_path / "deep/result.json").read_text()) == {"top1": 0.5}
-    assert mean_and_spread([0.97, 0.98, 0.99]) == "98.00 ± 1.00"
-    assert mean_and_spread([0.97]) == "97.00"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
 
 # ---- The script, as users run it
 
 
-def run_script(*args: str, launcher: tuple[str, ...] = (), cwd: Path) -> str:
-    command = [sys.executable, *launcher, *SCRIPT, *args]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+TWO_LAYERS = ("model.vision_config.num_hidden_layers=2", "evaluation.num_inference_steps=[1, 10]")
 
 
-def test_script_trains_compares_resumes_and_classifies(tmp_path):
-    settings = ("--set", "training.epochs=25", "training.num_workers=0", "evaluation.num_inference_steps=[1, 10]")
-    output = run_script("--methods", "tdd", "mdd", *settings, cwd=tmp_path)
-    assert "learning rate 1e-03 = base 4e-03 x batch 64 / 256" in output
-    assert "| tdd    | 1.5      |" in output and "| mdd    | 1        |" in output and "true label" in output
+def test_script_trains_compares_and_classifies(run_train: Callable, tmp_path: Path):
+    settings = ("--methods", "tdd", "mdd", "--set", "training.num_train_epochs=12", "training.ema_decay=0.99")
+    settings += ("training.dataloader_num_workers=0", "training.eval_strategy=no", *TWO_LAYERS)
+    output = run_train("digits", *settings).out
+    assert "batch size 64 = 64 x 1 x 1 accumulation step(s), learning rate 1e-03" in output
+    assert "trainable parameters" in output and "### validation" in output
+    table = (tmp_path / "outputs/digits/results.md").read_text()
+    assert table in output
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "top1" in line]
+    assert [row[:4] for row in cells] == [
+        ["tdd", "cosine", "1", "top1"],
+        ["tdd", "cosine", "1.5", "top1"],
+        ["mdd", "", "", "top1"],
+    ]
 
     folder = tmp_path / "outputs/digits/tdd-seed0"
     result = json.loads((folder / "result.json").read_text())
-    top1 = {(entry["num_inference_steps"], entry["guidance_scale"]): entry["top1"] for entry in result["accuracy"]}
+    assert (result["method"], result["seed"]) == ("tdd", 0) and result["recipe"]["training"]["num_train_epochs"] == 12
+    assert {entry["split"] for entry in result["scores"]} == {"validation"}
+    top1 = {(entry["num_inference_steps"], entry["guidance_scale"]): entry["top1"] for entry in result["scores"]}
     assert set(top1) == {(1, 1.0), (10, 1.0), (1, 1.5), (10, 1.5)}
-    assert top1[10, 1.0] >= 0.90  # 80 epochs reach 97 %
-    assert json.loads((tmp_path / "outputs/digits/mdd-seed0/result.json").read_text())["accuracy"][0]["top1"] >= 0.90
+    assert top1[10, 1.0] >= 0.85  # measured: 90 %; the recipe reaches 97 %
+    (mdd,) = json.loads((tmp_path / "outputs/digits/mdd-seed0/result.json").read_text())["scores"]
+    assert mdd.keys() == {"split", "top1"} and mdd["top1"] >= 0.90  # measured: 96 %
 
-    prediction = pipeline("image-classification", model=str(folder))(str(folder / "example.png"), top_k=2)
+    picture = tmp_path / "picture.png"
+    script.make_task(load_recipe(DIGITS), "tdd", tmp_path).eval_data["validation"][0]["image"].save(picture)
+    prediction = pipeline("image-classification", model=str(folder))(str(picture), top_k=2)
     assert len(prediction) == 2 and prediction[0]["label"] in {str(digit) for digit in range(10)}
 
-    again = run_script("--methods", "tdd", "mdd", *settings, cwd=tmp_path)
-    assert again.count("is done already") == 2 and "parameters" not in again
+    again = run_train("digits", *settings).out
+    assert again.count("is done already") == 2 and "trainable parameters" not in again
+    assert (tmp_path / "outputs/digits/results.md").read_text() == table
 
 
-def test_script_runs_in_two_processes(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    settings = ("training.epochs=1", "training.num_workers=0", "evaluation.num_inference_steps=[1]")
-    output = run_script("--set", *settings, launcher=launcher, cwd=tmp_path)
-    assert "2 process(es) on cpu, precision no: batch size 64 = 32 x 2 x 1" in output
-    result = json.loads((tmp_path / "outputs/digits/tdd-seed0/result.json").read_text())
+class StopAt(TrainerCallback):
+    """Sends a signal to the training at a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+SHORT = ("training.num_train_epochs=2", "training.dataloader_num_workers=0", "evaluation.num_inference_steps=[1]")
+SMALL = ("model.vision_config.num_hidden_layers=1", "model.num_hidden_layers=1", "evaluation.guidance_scale=[1.0]")
+
+
+def test_an_interrupted_script_resumes_or_restarts(
+    run_train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    settings = ("--set", *SHORT, *SMALL)
+    run_train("digits", "--output-dir", "whole", *settings)
+    make_trainer = script.make_trainer
+
+    def make_interrupted_trainer(*args: Any) -> TDDTrainer:
+        trainer = make_trainer(*args)
+        trainer.add_callback(StopAt(30))
+        return trainer
+
+    for folder in ("resumed", "restarted", "changed"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(script, "make_trainer", make_interrupted_trainer)
+            run_train("digits", "--output-dir", folder, *settings)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        checkpoint = f"{folder}/tdd-seed0-training/checkpoint-30"
+        assert f"Stopped by a signal. The same command resumes from {checkpoint}." in capfd.readouterr().out
+        assert (tmp_path / checkpoint).exists() and not (tmp_path / folder / "tdd-seed0").exists()
+
+    output = run_train("digits", "--output-dir", "resumed", *settings).out
+    assert "Resuming from resumed/tdd-seed0-training/checkpoint-30." in output
+    assert "Resuming" not in run_train("digits", "--output-dir", "restarted", "--restart", *settings).out
+    whole = load_file(tmp_path / "whole/tdd-seed0/model.safetensors")
+    for folder in ("resumed", "restarted"):
+        assert_equal(load_file(tmp_path / folder / "tdd-seed0/model.safetensors"), whole)
+        log = json.loads((tmp_path / folder / "tdd-seed0-training/trainer_state.json").read_text())["log_history"]
+        assert [line["step"] for line in log if "eval_top1" in line][-1] == 44
+
+    settings = ("--output-dir", "changed", *settings, "training.weight_decay=0.1")
+    with pytest.raises(ValueError, match="recipe.training.weight_decay was 0.05, is 0.1"):
+        run_train("digits", *settings)
+    assert "Resuming" not in run_train("digits", "--restart", *settings).out
+    assert differ(load_file(tmp_path / "changed/tdd-seed0/model.safetensors"), whole)
+
+
+def test_unknown_methods_are_named(run_train: Callable):
+    with pytest.raises(SystemExit, match="--methods ar gan: .*digits.yaml can train tdd, mdd"):
+        run_train("digits", "--methods", "gan", "tdd", "ar")
+
+
+def test_script_runs_in_two_processes(tmp_path: Path):
+    launcher = ("accelerate.commands.launch", "--config_file", str(ROOT / "scripts/accelerate/cpu_2.yaml"))
+    command = [sys.executable, "-m", *launcher, str(ROOT / "scripts/train.py"), DIGITS, "--seeds", "5", "--set"]
+    command += ["training.mixed_precision=no", *SHORT, *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("2 process(es) on cpu, float32: batch size 64 = 32 x 2 x 1") == 1
+    assert done.stdout.count("### validation") == 1
+    result = json.loads((tmp_path / "outputs/digits/tdd-seed5/result.json").read_text())
     # The accuracy is over all 360 held-out images, each counted once, however they are shared between processes.
-    assert (result["accuracy"][0]["top1"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+    assert (result["scores"][0]["top1"] * 360) % 1 == pytest.approx(0, abs=1e-9)

@@ -1,7 +1,7 @@
-"""A training run of a few seconds with `modeling_tdd.training.loop.train`, for tests that start and kill processes.
+"""A training run of a few seconds with `TDDTrainer`, for tests that start and kill processes.
 
 Everything that draws at random is on: augmentation by all three generators, dropout, condition dropout, and several
-timesteps per image. Gradients are accumulated. `python tiny_training.py FOLDER '{"epochs": 2}'` runs it.
+timesteps per image. Gradients are accumulated. `python tiny_training.py FOLDER '{"num_train_epochs": 2}'` runs it.
 """
 
 import json
@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import ViTConfig
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, ViTConfig
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
-from modeling_tdd.training.loop import make_accelerator, make_loader, train
-from modeling_tdd.training.recipe import TrainingRecipe
+from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.trainer import TDDTrainer
 
 
 BATCH_SIZE = 16
@@ -44,41 +44,18 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.roll(self.pixels[index], random.randrange(4), dims=-1), self.labels[index]
+        return self.pixels[index], self.labels[index]
 
 
-class Stream(IterableDataset):
-    """A stream of the images of one process, with a position to resume from."""
-
-    def __init__(self, images: Images, process: int, num_processes: int, lengths: list[int]):
-        self.images = images
-        self.rows = range(process, len(images), num_processes)[: lengths[process]]
-        self.epoch = self.position = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.position = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-    def __iter__(self):
-        while self.position < len(self.rows):
-            index = self.rows[(self.position + self.epoch) % len(self.rows)]
-            self.position += 1
-            yield self.images.pixels[index], self.images.labels[index]
-
-
-def collate(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    pixels = torch.stack([pixels for pixels, _ in examples])
-    pixels = pixels * np.random.uniform(0.9, 1.1) + 0.1 * torch.randn_like(pixels)
-    return {"pixel_values": pixels, "labels": torch.stack([label for _, label in examples])}
-
-
-def collate_stream(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def stack(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in zip(("pixel_values", "labels"), zip(*examples))}
+
+
+def augment(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    batch = stack([(torch.roll(pixels, random.randrange(4), dims=-1), label) for pixels, label in examples])
+    batch["pixel_values"] *= np.random.uniform(0.9, 1.1)
+    batch["pixel_values"] += 0.1 * torch.randn_like(batch["pixel_values"])
+    return batch
 
 
 def make_model() -> TDDForImageClassification:
@@ -111,90 +88,95 @@ def make_model() -> TDDForImageClassification:
     )
 
 
-class Disturbed(nn.Module):
-    """The model with disturbances at given device batches."""
+def disturb(model: nn.Module, events: dict[str, Any], process: int) -> None:
+    """Makes a model do something at given device batches, counted over the training."""
+    events = {int(number): event for number, event in events.items()}
+    calls = iter(range(sys.maxsize))
 
-    def __init__(self, model: nn.Module, events: dict[str, Any], process: int):
-        super().__init__()
-        self.model = model
-        self.events = {int(number): event for number, event in events.items()}
-        self.process = process
-        self.calls = 0
-
-    def forward(self, **batch: Any) -> Any:
-        event = self.events.get(self.calls) if self.training else None
-        self.calls += self.training
-        outputs = self.model(**batch)
-        if event == "nan" and self.process == 0:
+    def hook(module: nn.Module, args: Any, outputs: Any) -> Any:
+        event = events.get(next(calls)) if module.training else None
+        if event == "nan" and process == 0:
             outputs.loss = outputs.loss * float("nan")
-        elif event == "inf" and self.process == 0:
+        elif event == "inf" and process == 0:
             outputs.loss = outputs.loss + float("inf")
         elif event in ("SIGKILL", "SIGINT"):
             os.kill(os.getpid(), getattr(signal, event))
-        elif event == "SIGTERM to one" and self.process == 0:
+        elif event == "SIGTERM to one" and process == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         elif event == "SIGTERM to all":
             subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"])  # as a scheduler does
         return outputs
 
-
-def evaluate(model: nn.Module) -> float:
-    images = Images(8)
-    with torch.inference_mode():
-        logits = model(pixel_values=images.pixels, num_inference_steps=2).logits
-    return (logits.argmax(-1) == images.labels).float().mean().item()
+    model.register_forward_hook(hook)
 
 
-def use_fsdp(accelerator: Accelerator) -> None:
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"top1": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+class ShardedTrainer(TDDTrainer):
     """FSDP2 in processes on the CPU, for which Accelerate has plain DDP alone: what its `state` holds on GPUs."""
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        state_dict_type="FULL_STATE_DICT",
-    )
-    # Each new `AcceleratorState` copies the type from `PartialState`
-    for state in (accelerator.state, PartialState()):
-        state.distributed_type = DistributedType.FSDP
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+        # Each new `AcceleratorState` copies the type from `PartialState`
+        for state in (self.accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
 
 
 def run(folder: Path, **options: Any) -> None:
     """Trains, and writes the averaged final weights to `ema.safetensors`."""
-    torch.set_num_threads(1)
-    seed, resume, events = options.pop("seed", 0), options.pop("resume", "auto"), options.pop("events", None)
-    stream, steps_per_epoch = options.pop("stream", None), options.pop("steps_per_epoch", None)
+    events, fsdp = options.pop("events", None), options.pop("fsdp", False)
+    resume = options.pop("resume", True)
     fields = {
-        "epochs": 5,
+        "output_dir": str(folder),
+        "num_train_epochs": 5,
         "batch_size": BATCH_SIZE,
         "device_batch_size": DEVICE_BATCH_SIZE,
         "base_learning_rate": 1.6e-2,  # 1e-3 for this batch size
-        "warmup_epochs": 1,
+        "warmup_steps": 0.2,
         "ema_decay": 0.9,
         "mixed_precision": "no",
-        "checkpoint_every": 3,
-        "log_every": 2,
-        "eval_every": 2,
-        "trackers": [],
+        "cpu_threads": 1,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        "report_to": "none",
+        "disable_tqdm": True,
     }
-    fsdp = options.pop("fsdp", False)
-    recipe = TrainingRecipe(**{**fields, **options})
-    accelerator = make_accelerator(recipe, folder)
-    if fsdp:
-        use_fsdp(accelerator)
-    if stream is None:
-        loader = make_loader(accelerator, recipe, Images(), collate, shuffle=True, seed=seed)
-    else:
-        data = Stream(Images(), accelerator.process_index, accelerator.num_processes, stream)
-        loader = DataLoader(data, DEVICE_BATCH_SIZE, collate_fn=collate_stream)
+    args = TDDTrainingArguments(**{**fields, **options})
     model = make_model()
     if events is not None:
-        model = Disturbed(model, events, accelerator.process_index)
-    ema = train(accelerator, recipe, model, loader, evaluate, "tiny", seed, resume, steps_per_epoch)
-    assert all(isinstance(parameter, DTensor) == fsdp for parameter in model.parameters())
-    if accelerator.is_main_process:
-        save_model(ema, str(folder / "ema.safetensors"))
-    accelerator.wait_for_everyone()
+        disturb(model, events, args.process_index)
+    trainer = (ShardedTrainer if fsdp else TDDTrainer)(
+        model,
+        args,
+        train_dataset=Images(),
+        eval_dataset=Images(8),
+        data_collator=augment,
+        eval_collator=stack,
+        compute_metrics=accuracy,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.stop.signal:
+        raise SystemExit(128 + trainer.stop.signal)
+    parameters = list(trainer.model.parameters())
+    averages = [trainer.optimizer.state[p]["other_weights"] for p in parameters]
+    assert all(isinstance(tensor, DTensor) == fsdp for tensor in [*parameters, *averages])
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if args.process_index == 0:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "ema.safetensors")
+        trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Baselines of captioning other than MDD: an autoregressive captioner, and the caption of the nearest image."""
+"""Models beside TDD and MDD: an autoregressive captioner, an encoder of words, and captions of the nearest image."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -120,6 +120,31 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
             **kwargs,
         )
         return nn.functional.pad(sequences, (0, length - sequences.shape[1]), value=self.config.pad_token_id)
+
+
+class WordClassifier(TDDPreTrainedModel):
+    """An encoder with a linear head on its mean token. Each word is an independent binary decision.
+
+    Args:
+        config ([`TDDConfig`]): A configuration whose labels are words.
+        frequencies (`torch.Tensor` of shape `(num_words,)`): The share of images that have each word.
+    """
+
+    def __init__(self, config: TDDConfig, frequencies: Tensor):
+        super().__init__(config)
+        self.model = TDDModel(config, add_denoiser=False)
+        self.head = nn.Linear(self.model.encoder_hidden_size, config.num_labels)
+        self.post_init()
+        nn.init.zeros_(self.head.weight)
+        # Most words are rare. With another bias the first epochs would only learn the frequencies.
+        self.head.bias.data.copy_(torch.logit(frequencies))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.head(self.model.get_image_features(pixel_values).pooler_output[:, 0])
+        loss = None
+        if labels is not None:  # a sum over the words, since a mean would be dominated by absent ones
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 @torch.inference_mode()

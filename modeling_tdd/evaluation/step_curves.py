@@ -3,12 +3,11 @@
 
 import json
 import math
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..training.results import markdown_table, mean_and_spread
+from .tables import markdown_table, mean_and_deviation, mean_and_spread
 
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHTINGS = ("input_weighting", "loss_weighting")
-METRICS = ("top1", "exact_match", "token_f1", "stutter", "fluent")
+SETTINGS = ("split", "num_inference_steps", "guidance_scale")  # all else in an entry of `scores` is a metric
 PLOTTED = {"top1": "top-1, %", "exact_match": "exact match, %", "token_f1": "token F1, %"}
 # Okabe and Ito's colours, which readers with any colour vision can distinguish. Black is left out, and so is yellow,
 # which is too pale for lines.
@@ -64,13 +63,13 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
             checkpoint.
 
     Returns:
-        `list[dict]`: the result of each run. A classifier's `accuracy` becomes the `scores` of its one split. The
-            fields `noise_schedule`, `input_weighting` and `loss_weighting` are those of the run's configuration. The
-            schedule is `None` for methods that do not denoise; the weightings are TDD's alone, and `None` where all
-            of its runs agree on them.
+        `list[dict]`: the result of each run. The fields `noise_schedule`, `input_weighting` and `loss_weighting` are
+            those of the run's configuration. The schedule is `None` for methods that do not denoise; the weightings
+            are TDD's alone, and `None` where all of its runs agree on them.
 
     Raises:
-        `ValueError`: for a folder without a result, or for two runs of the same method, schedule, weightings and seed.
+        `ValueError`: for a folder without a result, for a result without scores, or for two runs of the same method,
+            schedule, weightings and seed.
     """
     results: list[dict[str, Any]] = []
     origin: dict[tuple, Path] = {}
@@ -78,9 +77,8 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
         if not (folder / "result.json").exists():
             raise ValueError(f"{folder} has no result.json: give folders of finished runs.")
         result = json.loads((folder / "result.json").read_text())
-        if "accuracy" in result:
-            split = result["recipe"]["data"]["eval_split"]
-            result["scores"] = [{"split": split, **entry} for entry in result.pop("accuracy")]
+        if not result.get("scores"):
+            raise ValueError(f"{folder / 'result.json'} has no `scores`; it has {', '.join(result)}.")
         # The recipe leaves defaults out, and they may have changed since.
         denoises = any("num_inference_steps" in entry for entry in result["scores"])
         config = json.loads((folder / "config.json").read_text()) if denoises else {}
@@ -105,8 +103,17 @@ def splits_of(results: list[dict[str, Any]]) -> list[str]:
 
 
 def metrics_of(results: list[dict[str, Any]]) -> list[str]:
-    """The metrics that all results have, in the order of `METRICS`."""
-    return [name for name in METRICS if all(name in entry for result in results for entry in result["scores"])]
+    r"""
+    The metrics that all entries have, in the order of the first one's.
+
+    Raises:
+        `ValueError`: if there is none, such as for runs of different tasks.
+    """
+    entries = [entry for result in results for entry in result["scores"]]
+    metrics = [name for name in entries[0] if name not in SETTINGS and all(name in entry for entry in entries)]
+    if not metrics:
+        raise ValueError("The results have no metric in common: give runs of one task.")
+    return metrics
 
 
 def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> dict[Line, Scores]:
@@ -132,7 +139,7 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
     weightings = [name for name in WEIGHTINGS if any(getattr(line, name) is not None for line in lines[metrics[0]])]
     header = ["method", "schedule", *(name.replace("_", " ") for name in weightings), "guidance", "metric"]
     header += [f"{count} step{'s' * (count > 1)}" for count in steps]
-    header += [f"{steps[-1]} less {steps[0]}"] if steps else []
+    header += [f"{steps[-1]} less {steps[0]}"] if len(steps) > 1 else []
     header += ["without steps"] if None in counts else []
     rows = []
     for line in lines[metrics[0]]:
@@ -141,25 +148,34 @@ def score_table(results: list[dict[str, Any]], split: str) -> str:
             scores = lines[metric][line]
             row = [line.method, line.noise_schedule or "", *(getattr(line, name) or "" for name in weightings)]
             row += [guidance, metric]
-            row += [mean_and_spread(scores[count]) if count in scores else "" for count in steps]
-            if steps:
-                iterated = steps[0] in scores and steps[-1] in scores
-                gains = [last - first for last, first in zip(scores[steps[-1]], scores[steps[0]])] if iterated else []
-                row.append(mean_and_spread(gains) if gains else "")
+            columns = [scores.get(count, []) for count in steps]
+            if len(steps) > 1:
+                columns.append([last - first for last, first in zip(columns[-1], columns[0])])
             if None in counts:
-                row.append(mean_and_spread(scores[None]) if None in scores else "")
-            rows.append(row)
+                columns.append(scores.get(None, []))
+            rows.append([*row, *map(mean_and_spread, columns)])
     return markdown_table(header, rows)
+
+
+def score_tables(results: list[dict[str, Any]]) -> str:
+    """The [`score_table`] of each split under a heading."""
+    return "\n\n".join(f"### {split}\n\n{score_table(results, split)}" for split in splits_of(results))
 
 
 def plot_scores(results: list[dict[str, Any]]) -> "Figure":
     """Top-1, or exact match and token F1, against the number of steps: one panel per split and metric, and in it one
     line per [`Line`], with its mean and the standard deviation over seeds. Methods without steps are level lines in
-    grey."""
+    grey.
+
+    Raises:
+        `ValueError`: if the results have none of these metrics in common.
+    """
     from matplotlib.figure import Figure
 
     splits = splits_of(results)
     metrics = [metric for metric in metrics_of(results) if metric in PLOTTED]
+    if not metrics:
+        raise ValueError(f"The plot needs results with one of {', '.join(PLOTTED)} in common.")
     styles = _line_styles(results, splits)
     is_long = max(len(line.label) for line in styles) > MAX_SHORT_LABEL
     columns = min(len(splits) if is_long else 2 * len(splits), len(styles))
@@ -208,12 +224,12 @@ def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict
     for line, scores in lines.items():
         style = styles[line]
         if None in scores:
-            mean, spread = _mean_and_deviation(scores[None])
+            mean, spread = mean_and_deviation(scores[None])
             axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
             axes.axhline(mean, label=line.label, **style)
             continue
         counts = sorted(scores)
-        means, spreads = zip(*(_mean_and_deviation(scores[count]) for count in counts))
+        means, spreads = zip(*(mean_and_deviation(scores[count]) for count in counts))
         low, high = [m - s for m, s in zip(means, spreads)], [m + s for m, s in zip(means, spreads)]
         axes.fill_between(counts, low, high, color=style["color"], alpha=0.18, linewidth=0)
         axes.plot(counts, means, label=line.label, **style)
@@ -225,8 +241,3 @@ def _plot_panel(axes: "Axes", lines: dict[Line, Scores], styles: dict[Line, dict
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation in percent. The deviation of a single value is 0."""
-    return 100 * statistics.fmean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.step_curves import metrics_of, read_results, score_table, splits_of
+from ..evaluation.step_curves import metrics_of, read_results, score_tables, splits_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -83,7 +83,7 @@ def make_card(
     task = TASKS[config["architectures"][0]]
     name = f"{recipe['name']}-{own['method']}"
     seeds = sorted({result["seed"] for result in results if result["method"] == own["method"]})
-    data_name, data_text, data_readme = describe_data(recipe["data"])
+    data_name, data_text, data_readme = describe_data(recipe["data"], splits_of([own]))
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     return ModelCard.from_template(
         ModelCardData(
@@ -109,7 +109,7 @@ def make_card(
         recipe=yaml.safe_dump(without_machine_paths(recipe), sort_keys=False, allow_unicode=True).strip(),
         seeds=f"Scores in %, {spread}.",
         glossary=GLOSSARY[task],
-        tables="\n\n".join(f"### {split}\n\n{score_table(results, split)}" for split in splits_of(results)),
+        tables=score_tables(results),
         plot=PLOT_FILE,
         limits=_limits(recipe, config, task, data_name),
         citation=CITATION,
@@ -138,16 +138,16 @@ def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> l
     return chosen
 
 
-def describe_data(data: dict[str, Any]) -> tuple[str, str, str | None]:
-    """The name of the data set, a sentence about it, and the README.md beside its files, if there is one."""
-    splits = data.get("eval_splits") or [data["eval_split"]]
+def describe_data(data: dict[str, Any], splits: list[str]) -> tuple[str, str, str | None]:
+    """The name of the data set, a sentence about it, and the README.md beside its files, if there is one. `splits` are
+    those that the run was scored on."""
     usage = f"Trained on `{data['train_split']}`, scored on {', '.join(f'`{split}`' for split in splits)}."
     if data["path"] == "digits":
         return "digits", f"scikit-learn's 8x8 handwritten digits (`load_digits`). {usage}", None
-    local = data["data_dir"] or next(iter((data["data_files"] or {}).values()), None)
+    local = data.get("data_dir") or next(iter((data.get("data_files") or {}).values()), None)
     if local is None:
         return data["path"], f"[{data['path']}](https://huggingface.co/datasets/{data['path']}). {usage}", None
-    folder = Path(local) if data["data_dir"] else Path(local).parent
+    folder = Path(local) if data.get("data_dir") else Path(local).parent
     readme = folder / "README.md"
     text = None
     if readme.exists():  # without the title, and with headings of a lower level than the card's
@@ -194,17 +194,18 @@ def _process(config: dict[str, Any]) -> str:
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
     training = recipe["training"]
-    # Results from before there was `base_learning_rate` state the learning rate itself.
     rate = training.get("learning_rate") or training["base_learning_rate"] * training["batch_size"] / 256
-    encoder = recipe.get("encoder")
     start = "from scratch"
-    if encoder is not None:
+    if recipe.get("checkpoint") is not None:
+        start = f"from the checkpoint `{without_machine_paths(recipe['checkpoint'])}`"
+    elif recipe.get("encoder") is not None:
         frozen = " frozen" if recipe["model"].get("freeze_encoder") else ""
-        start = f"from the{frozen} encoder `{without_machine_paths(encoder)}`"
+        start = f"from the{frozen} encoder `{without_machine_paths(recipe['encoder'])}`"
+    # A recipe leaves out what has the default of `TDDTrainingArguments`.
     return (
-        f"{training['epochs']} epochs of AdamW {start}: batch size {training['batch_size']}, learning rate "
-        f"{rate:g}, weight decay {training['weight_decay']:g}, seed {seed}. The weights are the "
-        f"moving average of decay {training['ema_decay']:g}."
+        f"{training.get('num_train_epochs', 3)} epochs of AdamW {start}: batch size {training['batch_size']}, "
+        f"learning rate {rate:g}, weight decay {training.get('weight_decay', 0):g}, seed {seed}. The weights are the "
+        f"moving average of decay {training.get('ema_decay', 0.9999):g}."
     )
 
 

@@ -1,65 +1,190 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The device batches of an epoch, starting where an interrupted run stopped."""
+"""Batches: their order, augmentation and collation. What is drawn at random depends only on seed, epoch and place."""
 
-import time
-from collections.abc import Iterator
-from itertools import islice
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, IterableDataset
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from PIL import Image
+from timm.data import Mixup, create_transform
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import BaseImageProcessor
 
-from .checkpoints import Progress, any_process
-from .data import Batch
-
-
-def count_steps(accelerator: Accelerator, loader: DataLoader, steps_per_epoch: int | None) -> int:
-    """The number of whole optimiser steps in an epoch: `steps_per_epoch` if given, else by the loader's length."""
-    if steps_per_epoch is not None:
-        return steps_per_epoch
-    try:
-        return len(loader) // accelerator.gradient_accumulation_steps
-    except TypeError as error:
-        raise ValueError("`steps_per_epoch` must be given for a loader without a length.") from error
+from ..processing_tdd import TDDProcessor
 
 
-def stream_position(loader: DataLoader) -> dict[str, Any] | None:
-    """This process's position in a stream after the last batch that the loader gave. `None` for other data."""
-    return loader.dataset.state_dict() if isinstance(loader.dataset, IterableDataset) else None
+Example = dict[str, Any]  # a PIL `image` or `image_features`, and a `label` or `captions`
+Batch = dict[str, Tensor]
+Transform = Callable[[Image.Image], Tensor]
+
+# The purposes of draws. They are part of the seed, so that no two purposes draw the same numbers.
+ORDER, DATA, MODEL = range(3)
 
 
-def epoch_batches(
-    accelerator: Accelerator,
-    loader: DataLoader,
-    progress: Progress,
-    steps_per_epoch: int,
-    stream: dict[str, Any] | None,
-) -> Iterator[tuple[list[Batch], float]]:
-    r"""
-    Yields the device batches of each step of an epoch from `progress.step_in_epoch` on, and the seconds spent waiting
-    for them.
+def seed_for(*key: int) -> int:
+    """A 32-bit seed made of several numbers. Keys of one length that differ in a number give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
-    An epoch of a stream ends for all processes as soon as one of them has no more data.
 
-    Args:
-        accelerator (`Accelerator`): The accelerator of the run.
-        loader (`DataLoader`): The loader of this process's device batches.
-        progress ([`Progress`]): How far the run has come.
-        steps_per_epoch (`int`): The largest number of steps in an epoch.
-        stream (`dict`, *optional*): The position in a stream from which to resume.
-    """
-    steps = accelerator.gradient_accumulation_steps
-    is_stream = isinstance(loader.dataset, IterableDataset)
-    (loader.dataset if is_stream else loader).set_epoch(progress.epoch)
-    if stream is not None:
-        loader.dataset.load_state_dict(stream)
-    elif progress.step_in_epoch > 0 and not is_stream:
-        loader = accelerator.skip_first_batches(loader, progress.step_in_epoch * steps)
-    batches = iter(loader)
-    for _ in range(progress.step_in_epoch, steps_per_epoch):
-        start = time.perf_counter()
-        group = [send_to_device(batch, accelerator.device) for batch in islice(batches, steps)]
-        if is_stream and any_process(accelerator, len(group) < steps):
-            return
-        yield group, time.perf_counter() - start
+class TrainingRows(Dataset):
+    """The rows of an epoch in the order of training, for a loader that reads them from the first to the last. The
+    seeds of Python, NumPy and PyTorch are set before each batch. So what reading and collating draw (crops, one of
+    several captions) depends only on `seed`, epoch and the batch's place in the epoch, with any number of data
+    workers. `multiple_of` is the number of images of an optimiser step over all processes. An incomplete last step is
+    left out. Raises a `ValueError` if there are fewer rows than one step needs."""
+
+    def __init__(self, rows: Sequence[Example], seed: int, multiple_of: int):
+        if len(rows) < multiple_of:
+            raise ValueError(f"The batch size is {multiple_of}, but there are only {len(rows)} images.")
+        self.rows, self.seed = rows, seed
+        self.length = len(rows) // multiple_of * multiple_of
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent data workers see both
+        self.order = torch.zeros(len(rows), dtype=torch.long).share_memory_()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
+        self.order.copy_(torch.randperm(len(self.rows), generator=generator))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> list[Example]:
+        numbers = self.order[indices].tolist()
+        set_seed(seed_for(self.seed, DATA, int(self.epoch), indices[0]))
+        many = hasattr(self.rows, "__getitems__")
+        return self.rows.__getitems__(numbers) if many else [self.rows[number] for number in numbers]
+
+
+@dataclass
+class Augmentation:
+    """Arguments of timm's `create_transform` and `Mixup`, with their names there. By default all are off."""
+
+    size: int | None = None  # height and width of the training views; by default those of the image processor
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (1.0, 1.0)
+    hflip: float = 0.0
+    auto_augment: str | None = None
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+    re_count: int = 1
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: str = "batch"
+
+
+MIXUP_FIELDS = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
+
+
+def build_train_transform(augmentation: Augmentation, image_processor: BaseImageProcessor) -> Transform:
+    """timm's training transform for a PIL image, with the normalisation of the image processor. Without any
+    augmentation it is the image processor itself."""
+    if augmentation == Augmentation():
+        return partial(_process, image_processor=image_processor)
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
+    arguments = {name: value for name, value in asdict(augmentation).items() if name not in ("size", *MIXUP_FIELDS)}
+    arguments |= {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
+    arguments |= {"is_training": True, "color_jitter": None, "interpolation": "bicubic"}
+    return create_transform((3, height, width), **arguments)
+
+
+def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def build_mixup(augmentation: Augmentation, num_labels: int) -> Mixup | None:
+    """timm's Mixup and CutMix, or `None` where both are off. The model does the label smoothing."""
+    if augmentation.mixup_alpha == 0 and augmentation.cutmix_alpha == 0:
+        return None
+    settings = {name: getattr(augmentation, name) for name in MIXUP_FIELDS}
+    return Mixup(**settings, label_smoothing=0.0, num_classes=num_labels)
+
+
+def pixels_of(examples: list[Example], image_processor: BaseImageProcessor, transform: Transform | None) -> Tensor:
+    """Makes `pixel_values` by the transform, a training augmentation, or without one by the image processor."""
+    images = [example["image"].convert("RGB") for example in examples]
+    if transform is not None:
+        return torch.stack([transform(image) for image in images])
+    return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+@dataclass
+class ImageCollator:
+    """Makes batches of `pixel_values` and `labels`, which are probabilities where `mixup` mixes the images."""
+
+    image_processor: BaseImageProcessor
+    transform: Transform | None = None
+    mixup: Mixup | None = None
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        pixel_values = pixels_of(examples, self.image_processor, self.transform)
+        labels = torch.tensor([example["label"] for example in examples])
+        if self.mixup is not None:
+            pixel_values, labels = self.mixup(pixel_values, labels)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+@dataclass
+class CaptionCollator:
+    """Makes batches of `labels`, padded to the tokenizer's `model_max_length`, and `image_features` or `pixel_values`.
+    With a `transform`, as in training, one of an image's captions and one of the views of its features are drawn at
+    random. Without it, as in evaluation, the first are taken."""
+
+    processor: TDDProcessor
+    transform: Transform | None = None
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        captions = [self._choose(example["captions"]) for example in examples]
+        labels = self.processor(captions=captions, return_tensors="pt")["labels"]
+        padding = (0, tokenizer.model_max_length - labels.shape[1])
+        labels = nn.functional.pad(labels, padding, value=tokenizer.pad_token_id)
+        if "image" in examples[0]:
+            pixel_values = pixels_of(examples, self.processor.image_processor, self.transform)
+            return {"pixel_values": pixel_values, "labels": labels}
+        features = [example["image_features"] for example in examples]
+        features = [self._choose(views) if views.ndim == 3 else views for views in features]
+        return {"image_features": torch.from_numpy(np.stack(features)), "labels": labels}
+
+    def _choose(self, candidates: Sequence) -> str | np.ndarray:
+        return candidates[0 if self.transform is None else int(torch.randint(len(candidates), ()))]
+
+
+@dataclass
+class WordCollator:
+    """Makes batches of `pixel_values` and multi-hot `labels`: which of the words occur in an image's captions."""
+
+    image_processor: BaseImageProcessor
+    words: Sequence[str]
+    transform: Transform | None = None
+
+    def __post_init__(self):
+        self.index = {word: index for index, word in enumerate(self.words)}
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        labels = torch.zeros(len(examples), len(self.index))
+        for row, example in zip(labels, examples):
+            row[[self.index[word] for word in words_of(example["captions"]) if word in self.index]] = 1
+        return {"pixel_values": pixels_of(examples, self.image_processor, self.transform), "labels": labels}
+
+
+def words_of(captions: Sequence[str]) -> set[str]:
+    """The words of captions without punctuation. A hyphenated word such as "medium-light" is one word."""
+    return set(re.findall(r"\w+(?:[-'’]\w+)*", " ".join(captions).lower()))
+
+
+def count_words(captions: Iterable[Sequence[str]], min_count: int) -> dict[str, int]:
+    """For each word that is not rare: the number of images in whose captions it occurs. Frequent words are first."""
+    counts = Counter(word for texts in captions for word in words_of(texts))
+    return {word: count for word, count in counts.most_common() if count >= min_count}

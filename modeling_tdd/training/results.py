@@ -1,16 +1,18 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Saves results and models, each completely or not at all, and formats tables of results."""
+"""Saves results and models, each completely or not at all."""
 
 import json
 import os
 import shutil
-import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -22,19 +24,59 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def training_folder(folder: Path) -> Path:
-    """The folder of a run's checkpoints and logs. It is beside `folder`, that of the final model, which is replaced as
-    a whole."""
-    return folder.with_name(f"{folder.name}-training")
+# Fields of `training` that may differ between a run and its resumption, by how their names begin
+FREE_SETTINGS = ("cpu_threads", "dataloader_", "eval_", "logging_", "max_skipped", "report_to", "save_")
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+def check_same_run(file: Path, run: dict[str, Any]) -> None:
+    """Writes a run's settings to `file` when it starts. Raises a `ValueError` if it is resumed with other ones."""
+    settings = json.loads(json.dumps(dict(_flatten(run))))  # as JSON reads them back: a tuple is a list
+    if not file.exists():
+        return write_json(file, settings)
+    started = json.loads(file.read_text())
+    names = sorted(name for name in started.keys() | settings if started.get(name) != settings.get(name))
+    if names:
+        differences = "; ".join(f"{name} was {started.get(name)}, is {settings.get(name)}" for name in names)
+        raise ValueError(
+            f"{file.parent} is a run with other settings: {differences}. Use the same settings, another --output-dir, "
+            "or --restart, which removes the run's checkpoints."
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`("a.b", 1)` for `{"a": {"b": 1}}`, without the free settings and those of the final table."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "evaluation":
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif name != "evaluation" and not name.startswith(FREE_SETTINGS):
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def plain_class(model: nn.Module) -> Iterator[None]:
+    """Gives a model its own class while it is saved, in place of the one that FSDP2 has put there."""
+    sharded = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = sharded.__bases__[1]
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor | ProcessorMixin,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Saves model and processor to a temporary folder beside `folder` and then moves it to `folder`. If saving fails,
-    `folder` stays as it was."""
+    `folder` stays as it was. `state_dict` takes the place of the model's own weights, which may be sharded."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(temporary)
+        with plain_class(model):
+            model.save_pretrained(temporary, state_dict=state_dict)
         processor.save_pretrained(temporary)
         temporary.chmod(0o755)
         if folder.exists():
@@ -43,20 +85,3 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, processor: BaseImagePr
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def mean_and_spread(values: Iterable[float]) -> str:
-    """`"97.53 ± 0.21"`: mean and standard deviation over seeds in percent. A single value has no deviation."""
-    percents = [100 * value for value in values]
-    mean = f"{statistics.fmean(percents):.2f}"
-    return mean if len(percents) == 1 else f"{mean} ± {statistics.stdev(percents):.2f}"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned in plain text too."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -1,0 +1,108 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a training run: Transformers' `TrainingArguments`, and a few that they lack."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate.utils import is_tensorboard_available
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class TDDTrainingArguments(TrainingArguments):
+    """The settings of [`TDDTrainer`]: all of `TrainingArguments`, some with another default, and these of ours. Raises
+    a `ValueError` if `batch_size` is not a whole number of device batches, or a setting is out of its range."""
+
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    max_grad_norm: float = 3.0
+    per_device_eval_batch_size: int = 64
+    logging_steps: float = 50
+    save_total_limit: int | None = 2
+    remove_unused_columns: bool | None = False  # the collators read images, which are no arguments of `forward`
+    ddp_find_unused_parameters: bool | None = False
+    report_to: None | str | list[str] = field(
+        default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
+    )
+    # Images per optimiser step, over all processes and accumulation steps. `per_device_train_batch_size` and
+    # `gradient_accumulation_steps` follow from it, and from the number of images that fit on a device at once.
+    batch_size: int | None = None
+    device_batch_size: int | None = None
+    # With `batch_size`: the learning rate at a batch size of 256, with which it scales (Goyal et al., 2017).
+    base_learning_rate: float | None = None
+    mixed_precision: str = "auto"  # "no", "bf16", "fp16", or "auto": bf16 where the hardware is fast at it
+    # Decay of the moving average of the weights, which is evaluated and saved. 0 keeps none. Whether the decay grows
+    # with the steps is ours, see `AveragedAdamW`; the paper's is constant.
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+    max_skipped_steps: int = 10  # in a row, because the loss or its gradient is not finite
+    cpu_threads: int | None = None  # of each process; a small network is fastest with one
+
+    def __post_init__(self):
+        self._check()
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
+        # Without `use_cpu` Accelerate runs processes that have no GPU as separate trainings.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if not (self.bf16 or self.fp16):
+            precision = fast_precision() if self.mixed_precision == "auto" else self.mixed_precision
+            self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(f"One of {self.n_gpu} GPUs is used. `accelerate launch` uses them all.")
+            self._n_gpu = 1  # Trainer would use `nn.DataParallel`, which is slow and has one random state for all
+        if self.batch_size is not None:
+            self._divide_batch()
+
+    def _check(self) -> None:
+        if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
+            raise ValueError(
+                f"`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        for name in ("batch_size", "device_batch_size", "cpu_threads", "num_train_epochs", "base_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if self.batch_size is None and (self.device_batch_size or self.base_learning_rate):
+            raise ValueError("`device_batch_size` and `base_learning_rate` need `batch_size`.")
+        if self.label_smoothing_factor > 0:
+            raise ValueError("Set the model's `label_smoothing`: that of Trainer would replace the diffusion loss.")
+
+    def _divide_batch(self) -> None:
+        """Sets the device batch, the accumulation and the learning rate, and prints them."""
+        device_batch = self.device_batch_size or max(1, self.batch_size // self.world_size)
+        steps, remainder = divmod(self.batch_size, device_batch * self.world_size)
+        if remainder or steps == 0:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `device_batch_size` x processes, got {self.batch_size} and "
+                f"{device_batch} x {self.world_size}."
+            )
+        self.per_device_train_batch_size = device_batch
+        self.gradient_accumulation_steps = steps
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self.batch_size / 256
+        if self.process_index == 0:
+            rate = np.format_float_scientific(self.learning_rate, precision=4, trim="-", exp_digits=2)
+            precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+            print(
+                f"{self.world_size} process(es) on {self.device.type}, {precision}: batch size {self.batch_size} = "
+                f"{device_batch} x {self.world_size} x {steps} accumulation step(s), learning rate {rate}"
+            )
+
+
+def fast_precision() -> str:
+    """`"bf16"` where the hardware multiplies matrices faster in it, `"no"` elsewhere.
+
+    CPUs with AMX do so 19 times as fast as in float32. On a CPU without AMX bf16 was over 100 times slower.
+    """
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"

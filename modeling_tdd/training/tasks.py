@@ -1,0 +1,259 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""What differs between the tasks: the model, its processor, the data, their batches, and the metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    ProcessorMixin,
+    ViTImageProcessor,
+)
+from transformers.utils import logging
+
+from ..configuration_tdd import TDDConfig
+from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, nearest_captions
+from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
+from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
+from ..processing_tdd import TDDProcessor
+from .batches import (
+    CaptionCollator,
+    ImageCollator,
+    WordCollator,
+    build_mixup,
+    build_train_transform,
+    count_words,
+)
+from .data import caption_texts, load_captions, load_labels
+from .features import AugmentedViews, cache_features
+from .recipe import Recipe
+from .tokenization import train_tokenizer
+
+
+logger = logging.get_logger(__name__)
+
+CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
+MIN_WORD_COUNT = 2  # an encoder learns the words that occur in so many training captions
+
+Metrics = Callable[[EvalPrediction], dict[str, float]]
+Collator = Callable[[list[Any]], dict[str, Tensor]]
+
+
+@dataclass
+class Task:
+    """What [`TDDTrainer`] needs: the model, and the part of it that is saved, with its processor; the training data;
+    data and metrics of each evaluation split; collators; and the modules that are new in a pretrained model."""
+
+    model: nn.Module
+    saved: PreTrainedModel
+    processor: BaseImageProcessor | ProcessorMixin
+    train_data: Any
+    eval_data: dict[str, Any]
+    metrics: dict[str, Metrics]
+    collator: Collator
+    eval_collator: Collator
+    new_modules: list[str] = field(default_factory=list)
+
+
+def make_task(recipe: Recipe, method: str, feature_folder: Path) -> Task:
+    """Makes the task of a recipe for one of [`methods_of`]. Features of a frozen encoder are cached in a folder."""
+    makers = {"classification": make_classification, "captioning": make_captioning, "encoder": make_encoder}
+    return makers[recipe.task](recipe, method, feature_folder)
+
+
+def methods_of(recipe: Recipe) -> list[str]:
+    """The methods that a recipe can train or score. The first one is the recipe's own."""
+    if recipe.task == "encoder":
+        return ["encoder"]
+    corruption = recipe.model.get("corruption", CORRUPTIONS["tdd"])
+    if recipe.checkpoint is not None:
+        corruption = TDDConfig.from_pretrained(recipe.checkpoint).corruption
+    if corruption not in CORRUPTIONS.values():
+        raise ValueError(f"`model.corruption` must be one of {', '.join(CORRUPTIONS.values())}, got {corruption!r}.")
+    methods = sorted(CORRUPTIONS, key=lambda method: CORRUPTIONS[method] != corruption)
+    if recipe.checkpoint is not None:
+        return methods[:1]
+    if recipe.task == "captioning":
+        methods.append("ar")
+        if recipe.encoder is not None and is_cached(recipe):
+            methods.append("nearest")
+    return methods
+
+
+def has_steps(recipe: Recipe, method: str) -> bool:
+    """Whether the method denoises step by step. For one token MDD is a linear head."""
+    return method == "tdd" or (method == "mdd" and recipe.task == "captioning")
+
+
+# ---- Classification
+
+
+def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
+    splits, names = load_labels(recipe.data)
+    fields = {
+        **model_fields(recipe, method),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    model, new_modules = start_model(
+        TDDForImageClassification, recipe, fields, ["connector", "denoiser", "classifier"]
+    )
+    image_processor = load_image_processor(recipe)
+    transform = build_train_transform(recipe.augmentation, image_processor)
+    return Task(
+        model=model,
+        saved=model,
+        processor=image_processor,
+        train_data=splits.pop(recipe.data.train_split),
+        eval_data=splits,
+        metrics=dict.fromkeys(splits, top1),
+        collator=ImageCollator(image_processor, transform, build_mixup(recipe.augmentation, len(names))),
+        eval_collator=ImageCollator(image_processor),
+        new_modules=new_modules,
+    )
+
+
+# ---- Captioning
+
+
+def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
+    splits = load_captions(recipe.data)
+    texts = caption_texts(splits[recipe.data.train_split])
+    processor = load_processor(recipe, texts)
+    fields = {
+        "vocab_size": len(processor.tokenizer),
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        **model_fields(recipe, method),
+    }
+    model_class = AutoregressiveCaptioner if method == "ar" else TDDForCaptioning
+    model, new_modules = start_model(model_class, recipe, fields, ["connector", "denoiser", "lm_head"])
+    if is_cached(recipe):
+        splits = cache_splits(recipe, model.model, processor.image_processor, splits, feature_folder)
+    train_data = splits.pop(recipe.data.train_split)
+    return Task(
+        model=model,
+        saved=model,
+        processor=processor,
+        train_data=train_data,
+        eval_data=splits,
+        metrics={split: CaptionMetrics(processor, rows["captions"], texts) for split, rows in splits.items()},
+        collator=CaptionCollator(processor, build_train_transform(recipe.augmentation, processor.image_processor)),
+        eval_collator=CaptionCollator(processor),
+        new_modules=new_modules,
+    )
+
+
+def is_cached(recipe: Recipe) -> bool:
+    """Whether the features of the encoder are computed once, before training."""
+    return recipe.model.get("freeze_encoder", False) and not recipe.data.streaming
+
+
+def load_processor(recipe: Recipe, texts: list[str]) -> TDDProcessor:
+    """The processor of the checkpoint; or the image processor, and a tokenizer that is trained on the captions."""
+    if recipe.checkpoint is not None:
+        return TDDProcessor.from_pretrained(recipe.checkpoint)
+    if "max_position_embeddings" not in recipe.model:
+        raise ValueError("The recipe of a new captioner needs `model.max_position_embeddings`, the longest caption.")
+    tokenizer = train_tokenizer(texts, **recipe.tokenizer)
+    tokenizer.model_max_length = recipe.model["max_position_embeddings"]
+    return TDDProcessor(load_image_processor(recipe), tokenizer)
+
+
+def cache_splits(
+    recipe: Recipe, model: TDDModel, image_processor: BaseImageProcessor, splits: dict[str, Dataset], folder: Path
+) -> dict[str, Dataset]:
+    """The splits with the features of a frozen encoder in place of images. With several views the training features
+    are those of augmented ones."""
+    cached = {}
+    for split, rows in splits.items():
+        views: Any = image_processor
+        if split == recipe.data.train_split and recipe.feature_views > 1:
+            views = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
+        cached[split] = cache_features(model, views, rows, folder)
+    return cached
+
+
+def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
+    """The scores of the nearest-neighbour baseline: the caption of the training picture with the most similar
+    features, without augmentation."""
+    task = make_captioning(replace(recipe, feature_views=1), "tdd", feature_folder)
+    train = task.train_data
+    captions = [texts[0] for texts in train["captions"]]
+    train_features = torch.from_numpy(np.stack(train["image_features"][:]))
+    scores = []
+    for split, rows in task.eval_data.items():
+        features = torch.from_numpy(np.stack(rows["image_features"][:]))
+        predictions = nearest_captions(features, train_features, captions)
+        scores.append({"split": split, **task.metrics[split].score(predictions)})
+    return scores
+
+
+# ---- Encoder
+
+
+def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
+    splits = load_captions(recipe.data)
+    train_data = splits.pop(recipe.data.train_split)
+    counts = count_words(train_data["captions"], MIN_WORD_COUNT)
+    config = TDDConfig(**recipe.model, id2label=dict(enumerate(counts)))
+    model = WordClassifier(config, torch.tensor(list(counts.values())) / len(train_data))
+    model.to(memory_format=torch.channels_last)  # convolutions are a tenth faster
+    image_processor = load_image_processor(recipe)
+    transform = build_train_transform(recipe.augmentation, image_processor)
+    return Task(
+        model=model,
+        saved=model.model.encoder,
+        processor=image_processor,
+        train_data=train_data,
+        eval_data=splits,
+        metrics=dict.fromkeys(splits, word_scores),
+        collator=WordCollator(image_processor, list(counts), transform),
+        eval_collator=WordCollator(image_processor, list(counts)),
+    )
+
+
+# ---- What the tasks share
+
+
+def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
+    """The configuration's fields. They choose between TDD and MDD on the same network."""
+    return {**recipe.model, "corruption": CORRUPTIONS[method]} if method in CORRUPTIONS else recipe.model
+
+
+def start_model(
+    model_class: type[TDDPreTrainedModel], recipe: Recipe, fields: dict[str, Any], new_modules: list[str]
+) -> tuple[TDDPreTrainedModel, list[str]]:
+    """The model of a checkpoint, on a pretrained encoder, or with random weights; and the names of its modules that
+    are new in a pretrained model."""
+    if recipe.checkpoint is not None:
+        config = TDDConfig.from_pretrained(recipe.checkpoint)
+        labels = fields.get("id2label")
+        if labels is None or len(labels) == config.num_labels:
+            return model_class.from_pretrained(recipe.checkpoint, **fields), []
+        logger.warning(
+            f"{recipe.checkpoint} has {config.num_labels} labels, but the data have {len(labels)}: the label "
+            "embedding and the classifier are initialised anew."
+        )
+        model = model_class.from_pretrained(recipe.checkpoint, ignore_mismatched_sizes=True, **fields)
+        return model, ["token_embedding", "classifier"]
+    if recipe.encoder is not None:
+        return model_class.from_encoder_pretrained(recipe.encoder, **fields), new_modules
+    if not recipe.model:
+        raise ValueError("The recipe has nothing to start from: give `checkpoint`, `encoder` or `model`.")
+    return model_class(model_class.config_class(**fields)), []
+
+
+def load_image_processor(recipe: Recipe) -> BaseImageProcessor:
+    if source := recipe.checkpoint or recipe.encoder:
+        return AutoImageProcessor.from_pretrained(source)
+    return ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)
