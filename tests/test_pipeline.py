@@ -102,7 +102,7 @@ def test_image_text_to_text(
     folder: str, model: TDDForCaptioning, processor: TDDProcessor, images: list[Image.Image], captions: list[str]
 ) -> None:
     pipe = pipeline("image-text-to-text", model=folder)
-    assert type(pipe) is ImageTextToTextPipeline and type(pipe.processor) is TDDProcessor
+    assert isinstance(pipe, ImageTextToTextPipeline) and type(pipe.processor) is TDDProcessor
     assert pipe(images[0], text="") == [{"input_text": "", "generated_text": captions[0]}]
     assert pipe(images=images, text="") == [{"input_text": "", "generated_text": caption} for caption in captions]
     # A prompt is the caption's beginning, with a space behind it
