@@ -116,7 +116,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             rows = [_to_row(image, text) for image, text in zip(images, texts)]
             return run(rows, **kwargs) if rows else []
         if not isinstance(text, str):
-            raise ValueError("`text` may be a list only beside a list of images; here it must be one string.")
+            raise ValueError("`text` must be one string, unless the images are a list.")
         if isinstance(images, dict) or is_image(images):
             return run(_to_row(images, text), **kwargs)
         if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
@@ -174,8 +174,8 @@ class _Stream(IterableDataset):
 
 
 def prefer_for_tdd(ours: type[Pipeline]) -> type[Pipeline]:
-    """A class to register in the place of the one that `ours` extends. It makes a pipeline of `ours` for a model of TDD
-    and one of that class itself for any other model."""
+    """A class to register in the place of the parent class of `ours`. For a model of TDD it makes `ours`, and for any
+    other one that parent class itself as before."""
     theirs = ours.__base__
 
     def make(cls: type, *args: Any, model: Any, **kwargs: Any) -> Pipeline:

@@ -119,7 +119,7 @@ class TDDProcessor(ProcessorMixin):
     @property
     def argument_names(self) -> set[str]:
         """`set[str]`: the names of what a call takes beside images and texts."""
-        names = set(ProcessingKwargs.__annotations__) | {"return_tensors"}
+        names = set(ProcessingKwargs.__annotations__) | {"common_kwargs", "return_tensors"}
         for group in ("text_kwargs", "images_kwargs"):
             names |= set(ProcessingKwargs.__annotations__[group].__annotations__)
         return names | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))

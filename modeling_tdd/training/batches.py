@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from ..images_tdd import to_rgb
 from ..processing_tdd import TDDProcessor
 from .examples import Batch, Example
 
@@ -102,22 +103,63 @@ class Augmentation:
 
 
 def build_train_transform(augmentation: Augmentation, image_processor: BaseImageProcessor) -> Transform:
-    """timm's training transform for a PIL image, with the normalisation of the image processor. Without any
-    augmentation it is the image processor itself."""
+    """timm's training transform for a PIL image in RGB, with the size and range of what the image processor makes.
+    Without any augmentation it is the image processor itself. Raises a `ValueError` as in [`read_settings`]."""
     if augmentation == Augmentation():
         return partial(_process, image_processor=image_processor)
-    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-    height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
+    size, mean, std = read_settings(image_processor, augmentation.size)
     names = ("scale", "ratio", "hflip", "auto_augment", "re_prob", "re_mode", "re_count")
     return create_transform(
-        input_size=(3, height, width),
+        input_size=(3, *size),
         is_training=True,
         color_jitter=augmentation.color_jitter or None,
         interpolation="bicubic",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
+        mean=mean,
+        std=std,
         **{name: getattr(augmentation, name) for name in names},
     )
+
+
+def read_settings(
+    image_processor: BaseImageProcessor, size: int | None = None
+) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    r"""
+    The height and width, the mean and the standard deviation of the images that an image processor makes. They are
+    measured on images of one colour, since its settings have many names (`size`, `crop_size`, `crop_pct`,
+    `do_normalize`, `rescale_factor`), some of which take others out of effect. `size` takes the place of the measured.
+
+    Raises:
+        `ValueError`: if it makes something else than RGB images with a mean and a standard deviation for each channel,
+            or if their size depends on the picture and `size` is not given.
+    """
+    name = type(image_processor).__name__
+    looks = [_look(image_processor, color) for color in ((0, 0, 0), (255, 255, 255), (51, 102, 204))]
+    if any(look is None for look in looks):
+        raise ValueError(
+            f"Augmentation needs an image processor that makes RGB images without borders. Not so {name}."
+        )
+    (shape, black), (_, white), (_, color) = looks
+    scale = white - black
+    if not torch.allclose((color - black) / scale, torch.tensor([0.2, 0.4, 0.8]), atol=0.01):
+        raise ValueError(f"Augmentation needs an image processor that scales red, green and blue. Not so {name}.")
+    larger = _look(image_processor, (0, 0, 0), side=777)
+    if size is None and (larger is None or larger[0] != shape):
+        raise ValueError(f"Give `augmentation.size`: {name} makes images of several sizes.")
+    mean, std = ([float(f"{value:.6g}") for value in values.tolist()] for values in (-black / scale, 1 / scale))
+    return (size, size) if size else shape, tuple(mean), tuple(std)
+
+
+def _look(
+    image_processor: BaseImageProcessor, color: tuple[int, int, int], side: int = 64
+) -> tuple[tuple[int, int], Tensor] | None:
+    """Size and channels of what an image of one colour becomes, or `None` if that is not one image of one colour."""
+    try:
+        pixels = pixels_of([Image.new("RGB", (side, side), color)], image_processor).float()
+    except Exception:  # such as one for pairs of images
+        return None
+    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3) or (pixels - pixels[..., :1, :1]).abs().max() > 0.01:
+        return None
+    return tuple(pixels.shape[2:]), pixels[0, :, 0, 0]
 
 
 def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
@@ -140,7 +182,7 @@ def pixels_of(
     images: Iterable[Image.Image], image_processor: BaseImageProcessor, transform: Transform | None = None
 ) -> Tensor:
     """Makes `pixel_values` by the transform, a training augmentation, or without one by the image processor."""
-    images = [image.convert("RGB") for image in images]
+    images = [to_rgb(image) for image in images]
     if transform is not None:
         return torch.stack([transform(image) for image in images])
     return image_processor(images, return_tensors="pt")["pixel_values"]

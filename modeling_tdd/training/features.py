@@ -16,6 +16,7 @@ from pyarrow import ArrowInvalid
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDModel
 from .batches import DATA, Augmentation, build_train_transform, pixels_of, seed_for
 from .examples import Row
@@ -132,7 +133,7 @@ def _augment(images: list[PILImage.Image], rows: list[int], views: AugmentedView
     pixel_values = []
     for image, row in zip(images, rows):
         set_seed(seed_for(DATA, row, view))
-        pixel_values.append(transform(image.convert("RGB")))
+        pixel_values.append(transform(to_rgb(image)))
     return torch.stack(pixel_values)
 
 
