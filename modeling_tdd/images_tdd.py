@@ -102,9 +102,8 @@ def list_images(images: Any) -> list[Any]:
 
 def _name_of(image: Any) -> str:
     """What an error says of an image: its path or URL, or the beginning of base64."""
-    if isinstance(image, Image.Image):
-        image = getattr(image, "filename", None)
-    name = str(image) if image and isinstance(image, (str, os.PathLike)) else "in memory"
+    name = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
+    name = str(name or "in memory") if isinstance(name, (str, os.PathLike)) else "in memory"
     return name if len(name) <= 200 else f"{name[:40]}..."
 
 
