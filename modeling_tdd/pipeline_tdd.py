@@ -3,6 +3,7 @@
 Transformers 5 dropped."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import BatchFeature, ImageClassificationPipeline, ImageTextToTextPipeline, Pipeline
+from transformers import (
+    BatchFeature,
+    ImageClassificationPipeline,
+    ImageTextToTextPipeline,
+    Pipeline,
+    PreTrainedTokenizerBase,
+)
+from transformers.pipelines.base import pad_collate_fn
 
 from .generation_configuration_tdd import TDDGenerationConfig
 from .images_tdd import KINDS, check_image, is_image, list_images, open_image
@@ -58,6 +66,14 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
                 hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
                 raise ValueError(f"`{name}` is no argument of this pipeline, of `generate` or of the processor.{hint}")
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs or None, **kwargs)
+
+    def get_iterator(self, inputs: Any, num_workers: int, batch_size: int, *params: dict[str, Any]) -> Any:
+        iterator = super().get_iterator(inputs, num_workers, batch_size, *params)
+        if batch_size > 1:
+            iterator.loader.loader.collate_fn = _Collate(
+                self.tokenizer, self.feature_extractor or self.image_processor
+            )
+        return iterator
 
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
         if isinstance(inputs, dict) or is_image(inputs):  # and not a chat
@@ -148,6 +164,17 @@ def _to_row(image: Any, text: str) -> dict[str, Any]:
         image = image["image"] if isinstance(image, dict) and "image" in image else image
         check_image(image)
     return {"images": image, "text": text}
+
+
+@dataclass
+class _Collate:
+    """Transformers' collation of a batch, as an object that a data worker can be given when it is spawned."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    feature_extractor: Any
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        return pad_collate_fn(self.tokenizer, self.feature_extractor)(items)
 
 
 class _Rows(Dataset):

@@ -325,7 +325,9 @@ def test_a_url_that_is_not_found(server: str) -> None:
         open_image(f"{server}/none.png", timeout=60)
 
 
-@pytest.mark.parametrize("image", [3, None, object(), {"a": 1, "b": 2}, {1, 2}], ids=str)
+@pytest.mark.parametrize(
+    "image", [3, None, object(), {"a": 1, "b": 2}, {1, 2}], ids=lambda image: type(image).__name__
+)
 def test_what_is_no_image_is_refused_by_name(image: Any, processor: TDDProcessor) -> None:
     name = "a dictionary of 'a', 'b'" if isinstance(image, dict) else type(image).__name__
     with pytest.raises(TypeError, match=f"An image must be a PIL image, a path, .*, got {name}"):
