@@ -12,6 +12,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tdd import TDDConfig
 from .generation_configuration_tdd import TDDGenerationConfig
+from .images_tdd import open_image, to_rgb
 from .modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from .pipeline_tdd import (
     TDDImageClassificationPipeline,
@@ -55,4 +56,6 @@ __all__ = [
     "TDDModel",
     "TDDPreTrainedModel",
     "TDDProcessor",
+    "open_image",
+    "to_rgb",
 ]

@@ -350,6 +350,11 @@ def test_shipped_captioner(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(task, model=str(folder), trust_remote_code=True)
     (record,) = pipe(folder / "example.png")
     assert record["generated_text"] == "woman climbing: dark skin tone"
+    with Image.open(folder / "example.png") as image:
+        colors = np.asarray(image.convert("RGB"))
+    is_white = (colors == 255).all(axis=-1, keepdims=True)
+    transparent = Image.fromarray(np.concatenate([colors * ~is_white, np.uint8(255) * ~is_white], axis=-1))
+    assert pipe(transparent) == [record]
 
 
 def test_left_padding(folder: str, images: list[Image.Image], captions: list[str]) -> None:

@@ -123,43 +123,27 @@ def build_train_transform(augmentation: Augmentation, image_processor: BaseImage
 def read_settings(
     image_processor: BaseImageProcessor, size: int | None = None
 ) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
-    r"""
-    The height and width, the mean and the standard deviation of the images that an image processor makes. They are
-    measured on images of one colour, since its settings have many names (`size`, `crop_size`, `crop_pct`,
-    `do_normalize`, `rescale_factor`), some of which take others out of effect. `size` takes the place of the measured.
-
-    Raises:
-        `ValueError`: if it makes something else than RGB images with a mean and a standard deviation for each channel,
-            or if their size depends on the picture and `size` is not given.
-    """
-    name = type(image_processor).__name__
-    looks = [_look(image_processor, color) for color in ((0, 0, 0), (255, 255, 255), (51, 102, 204))]
-    if any(look is None for look in looks):
-        raise ValueError(
-            f"Augmentation needs an image processor that makes RGB images without borders. Not so {name}."
+    """Height and width, mean and standard deviation of the images that an image processor makes, measured on pictures
+    of one colour: its settings have many names, and some take others out of effect. `size` replaces the height and
+    width. Raises a `ValueError` if it makes anything but scaled RGB images, or, without `size`, several sizes."""
+    name, colors = type(image_processor).__name__, ((0, 0, 0), (255, 255, 255), (51, 102, 204))
+    try:
+        pixels, larger = (
+            pixels_of([Image.new("RGB", (side, side), color) for color in colors], image_processor).float()
+            for side in (64, 777)
         )
-    (shape, black), (_, white), (_, color) = looks
-    scale = white - black
-    if not torch.allclose((color - black) / scale, torch.tensor([0.2, 0.4, 0.8]), atol=0.01):
-        raise ValueError(f"Augmentation needs an image processor that scales red, green and blue. Not so {name}.")
-    larger = _look(image_processor, (0, 0, 0), side=777)
-    if size is None and (larger is None or larger[0] != shape):
+        black, white, color = pixels[..., 0, 0]
+        scale = white - black
+        is_plain = torch.allclose(pixels, pixels[..., :1, :1], atol=0.01) and pixels.ndim == 4
+        is_scaled = is_plain and torch.allclose((color - black) / scale, torch.tensor([0.2, 0.4, 0.8]), atol=0.01)
+    except Exception:  # such as one that makes patches, or takes pairs of images
+        is_scaled = False
+    if not is_scaled:
+        raise ValueError(f"Augmentation needs an image processor that makes RGB images without borders, not {name}.")
+    if size is None and larger.shape != pixels.shape:
         raise ValueError(f"Give `augmentation.size`: {name} makes images of several sizes.")
     mean, std = ([float(f"{value:.6g}") for value in values.tolist()] for values in (-black / scale, 1 / scale))
-    return (size, size) if size else shape, tuple(mean), tuple(std)
-
-
-def _look(
-    image_processor: BaseImageProcessor, color: tuple[int, int, int], side: int = 64
-) -> tuple[tuple[int, int], Tensor] | None:
-    """Size and channels of what an image of one colour becomes, or `None` if that is not one image of one colour."""
-    try:
-        pixels = pixels_of([Image.new("RGB", (side, side), color)], image_processor).float()
-    except Exception:  # such as one for pairs of images
-        return None
-    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3) or (pixels - pixels[..., :1, :1]).abs().max() > 0.01:
-        return None
-    return tuple(pixels.shape[2:]), pixels[0, :, 0, 0]
+    return (size, size) if size else tuple(pixels.shape[2:]), tuple(mean), tuple(std)
 
 
 def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
