@@ -12,8 +12,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tdd import TDDConfig
 from .generation_configuration_tdd import TDDGenerationConfig
+from .images_tdd import open_image, to_rgb
 from .modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
-from .pipeline_tdd import TDDImageToTextPipeline
+from .pipeline_tdd import (
+    TDDImageClassificationPipeline,
+    TDDImageTextToTextPipeline,
+    TDDImageToTextPipeline,
+    prefer_for_tdd,
+)
 from .processing_tdd import TDDProcessor
 
 
@@ -27,6 +33,12 @@ AutoModelForImageTextToText.register(TDDConfig, TDDForCaptioning)
 # which has no tokenizer: AutoProcessor loads that one's image processor, a class of Transformers' own.
 AutoProcessor.register(TDDConfig.model_type, TDDProcessor)
 PIPELINE_REGISTRY.register_pipeline("image-captioning", TDDImageToTextPipeline, AutoModelForImageTextToText)
+# Transformers' own tasks have our pipelines for models of TDD, and stay as they are for all others
+for task, ours in {
+    "image-classification": TDDImageClassificationPipeline,
+    "image-text-to-text": TDDImageTextToTextPipeline,
+}.items():
+    PIPELINE_REGISTRY.supported_tasks[task]["impl"] = prefer_for_tdd(ours)
 
 # A checkpoint brings the code of what it holds, for machines without this package.
 TDDConfig.register_for_auto_class()
@@ -44,4 +56,6 @@ __all__ = [
     "TDDModel",
     "TDDPreTrainedModel",
     "TDDProcessor",
+    "open_image",
+    "to_rgb",
 ]

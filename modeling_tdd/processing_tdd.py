@@ -1,14 +1,18 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
+import numpy as np
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import logging
+
+from .images_tdd import list_images, open_image
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +59,7 @@ class TDDProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | str | Path | list[str] | list[Path] | None = None,
+        images: ImageInput | str | Path | bytes | list[str] | list[Path] | list[bytes] | None = None,
         text: str | list[str] | None = None,
         captions: str | list[str] | None = None,
         infill: str | list[str] | None = None,
@@ -64,9 +68,12 @@ class TDDProcessor(ProcessorMixin):
         r"""
         Args:
             images (*optional*):
-                An image or a list of them: PIL images, arrays, tensors, file names or URLs.
+                What [`~images_tdd.open_image`] takes, a list of it, or an array of several images. With
+                `do_rescale=False` arrays go to the image processor as they are.
             text (`str` or `list[str]`, *optional*):
                 The fixed beginnings of the captions. One string serves all images; an empty string is no prompt.
+                White space around this and other texts is removed. A word that the tokenizer does not know is named
+                in a warning.
             captions (`str` or `list[str]`, *optional*):
                 Captions to learn.
             infill (`str` or `list[str]`, *optional*):
@@ -83,9 +90,11 @@ class TDDProcessor(ProcessorMixin):
             - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`.
 
         Raises:
+            `TypeError`: for an image of another kind.
             `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, different numbers of
-                images and texts, or no input at all.
+                images and texts, an unknown argument, or no input at all.
         """
+        self._check_names(kwargs)
         if images is None and text is None and captions is None and infill is None:
             raise ValueError("Give at least one of `images`, `text`, `captions` and `infill`.")
         if text is not None and infill is not None:
@@ -96,9 +105,8 @@ class TDDProcessor(ProcessorMixin):
         num_images = None
         if images is not None:
             kwargs["images_kwargs"].pop("return_tensors", None)
-            data.update(
-                self.image_processor(self._read_images(images), return_tensors="np", **kwargs["images_kwargs"])
-            )
+            images = self._read_images(images, kwargs["images_kwargs"])
+            data.update(self.image_processor(images, return_tensors="np", **kwargs["images_kwargs"]))
             num_images = len(data["pixel_values"])
         if text is not None:
             data.update(self._encode_prompts(self._to_list("text", text, num_images), kwargs["text_kwargs"]))
@@ -108,18 +116,33 @@ class TDDProcessor(ProcessorMixin):
             data["labels"] = self._encode_captions(self._to_list("captions", captions, num_images))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _read_images(self, images: Any) -> Any:
-        """Images as RGB. They are decoded here, where an error can say which image it was."""
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        for index, image in enumerate(images):
-            if not isinstance(image, (str, Path, PIL.Image.Image)):
-                continue  # an array or tensor, which the image processor checks
-            try:
-                images[index] = load_image(str(image) if isinstance(image, Path) else image)
-            except Exception as error:  # Pillow's decoders raise many kinds
-                name = image if isinstance(image, (str, Path)) else getattr(image, "filename", "") or "in memory"
-                raise ValueError(f"Unreadable image {index} ({name}): {error}") from error
-        return images
+    @property
+    def argument_names(self) -> set[str]:
+        """`set[str]`: the names of what a call takes beside images and texts."""
+        names = set(ProcessingKwargs.__annotations__) | {"common_kwargs", "return_tensors"}
+        for group in ("text_kwargs", "images_kwargs"):
+            names |= set(ProcessingKwargs.__annotations__[group].__annotations__)
+        return names | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
+
+    def _check_names(self, kwargs: dict[str, Any]) -> None:
+        """Transformers ignores an unknown argument with a warning."""
+        for name, value in kwargs.items():
+            if name not in self.argument_names and not (name in ("audio", "videos") and value is None):
+                nearest = get_close_matches(name, self.argument_names, 1)
+                hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+                raise ValueError(f"`{name}` is no argument of the processor, image processor or tokenizer.{hint}")
+
+    @staticmethod
+    def _read_images(images: Any, images_kwargs: dict[str, Any]) -> list[Any]:
+        """Images as RGB. Arrays that need no rescaling are not ours to scale."""
+        layout = images_kwargs.get("input_data_format")
+        is_scaled = images_kwargs.get("do_rescale") is False
+        return [
+            image
+            if is_scaled and isinstance(image, (np.ndarray, Tensor))
+            else open_image(image, input_data_format=layout, index=index)
+            for index, image in enumerate(list_images(images))
+        ]
 
     @staticmethod
     def _to_list(name: str, texts: Any, num_images: int | None) -> list[str]:
@@ -129,13 +152,32 @@ class TDDProcessor(ProcessorMixin):
             raise ValueError(f"`{name}` must be a string or a list of strings, got {texts!r}.")
         if num_images is not None and len(texts) != num_images:
             raise ValueError(f"There are {num_images} images and {len(texts)} of `{name}`.")
-        return list(texts)
+        return [text.strip() for text in texts]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of each text, without special ones, and without the tokenizer's own warning of long texts."""
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
+    def _check_words(self, text: str) -> str:
+        """Names the words of a text that the tokenizer does not know. To some tokenizers a punctuation mark is unknown
+        only where a space is before it; it loses the space."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self._encode([text])[0]:
+            return text
+        checked = ""
+        for word in text.split():
+            spaced, joined = f"{checked} {word}".strip(), checked + word
+            counts = [tokens.count(unknown) for tokens in self._encode([checked, spaced, joined])]
+            if counts[1] > counts[0]:
+                if checked and counts[2] == counts[0] and not word[0].isalnum():
+                    spaced = joined
+                else:
+                    logger.warning_once(f"The tokenizer does not know {word!r}: the model does not see it.")
+            checked = spaced
+        return checked
+
     def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
+        prompts = [self._check_words(prompt) for prompt in prompts]
         encoded = self.tokenizer(prompts, **text_kwargs)
         if not any(prompts):
             # Transformers' pipelines collate `input_ids`: a column of padding that nothing attends to.
@@ -160,7 +202,7 @@ class TDDProcessor(ProcessorMixin):
         mask_token = self.tokenizer.mask_token_id
         if mask_token is None:
             raise ValueError("Infilling needs a tokenizer with a mask token: set `tokenizer.mask_token`.")
-        rows = self._encode(texts)
+        rows = self._encode([self._check_words(text) for text in texts])
         for text, row in zip(texts, rows):
             if mask_token not in row:
                 raise ValueError(f"Nothing to fill: {text!r} has no {self.tokenizer.mask_token}.")

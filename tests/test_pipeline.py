@@ -1,17 +1,25 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Tests of the captioner in Transformers' pipelines, with this package and on a machine without it."""
 
+import base64
 import json
+import logging
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     ImageTextToTextPipeline,
     PreTrainedTokenizerFast,
@@ -20,6 +28,7 @@ from transformers import (
     ViTImageProcessor,
     pipeline,
 )
+from transformers.pipelines.pt_utils import KeyDataset
 
 import modeling_tdd
 from modeling_tdd import TDDForCaptioning, TDDImageToTextPipeline, TDDProcessor
@@ -102,7 +111,7 @@ def test_image_text_to_text(
     folder: str, model: TDDForCaptioning, processor: TDDProcessor, images: list[Image.Image], captions: list[str]
 ) -> None:
     pipe = pipeline("image-text-to-text", model=folder)
-    assert type(pipe) is ImageTextToTextPipeline and type(pipe.processor) is TDDProcessor
+    assert isinstance(pipe, ImageTextToTextPipeline) and type(pipe.processor) is TDDProcessor
     assert pipe(images[0], text="") == [{"input_text": "", "generated_text": captions[0]}]
     assert pipe(images=images, text="") == [{"input_text": "", "generated_text": caption} for caption in captions]
     # A prompt is the caption's beginning, with a space behind it
@@ -157,6 +166,195 @@ def test_image_captioning(folder: str, images: list[Image.Image], captions: list
         pipe(images, text=["a", "dog"])
     with pytest.raises(ValueError, match="`text` must be one string"):
         pipe((image for image in images), text=["a", "dog"])
+
+
+class Pictures(Dataset):
+    """A data set of PyTorch's, with rows or images."""
+
+    def __init__(self, rows: list[Any]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class PictureStream(IterableDataset):
+    def __init__(self, rows: list[Any]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+def many_images(images: list[Image.Image], tmp_path: Path) -> dict[str, Any]:
+    """The same images in each kind of list, array, stream and data set."""
+    files = [tmp_path / f"{index}.png" for index in range(len(images))]
+    for image, file in zip(images, files):
+        image.save(file)
+    arrays = np.stack([np.asarray(image) for image in images])
+    table = datasets.Dataset.from_dict({"image": list(map(str, files)), "label": [0] * 4, "text": ["cat"] * 4})
+    table = table.cast_column("image", datasets.Image())
+    return {
+        "list": images,
+        "paths": files,
+        "names": tuple(map(str, files)),
+        "bytes": [file.read_bytes() for file in files],
+        "base64": [base64.b64encode(file.read_bytes()).decode() for file in files],
+        "arrays": list(arrays),
+        "one array": arrays,
+        "tensors": list(torch.from_numpy(arrays).permute(0, 3, 1, 2)),
+        "rows": [{"image": image, "label": 0} for image in images],
+        "generator": (image for image in images),
+        "map": map(Image.open, files),
+        "table": table,
+        "column": table["image"],
+        "undecoded table": table.cast_column("image", datasets.Image(decode=False)),
+        "streamed table": table.to_iterable_dataset(),
+        "key data set": KeyDataset(table, "image"),
+        "data set": Pictures(images),
+        "data set of rows": Pictures([{"image": file, "label": 0} for file in files]),
+        "stream": PictureStream(files),
+    }
+
+
+def test_many_images(folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path) -> None:
+    pipe = pipeline("image-captioning", model=folder)
+    expected = [[{"generated_text": caption}] for caption in captions]
+    for name, several in many_images(images, tmp_path).items():
+        outputs = pipe(several, batch_size=3)
+        if name in ("table", "column", "undecoded table", "key data set", "data set", "data set of rows"):
+            assert len(outputs) == 2, name  # batches, as of Transformers' pipelines
+        elif name not in ("generator", "map", "streamed table", "stream"):
+            assert isinstance(outputs, list), name
+        assert list(outputs) == expected, name
+
+
+def test_one_image(folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path) -> None:
+    pipe = pipeline("image-captioning", model=folder)
+    file, array = tmp_path / "image.png", np.asarray(images[0])
+    images[0].save(file)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    text = base64.b64encode(file.read_bytes()).decode()
+    for image in (images[0], file, str(file), file.read_bytes(), text, array, tensor, array / 255, {"image": file}):
+        assert pipe(image) == [{"generated_text": captions[0]}]
+
+
+def test_nothing_gives_nothing(folder: str) -> None:
+    pipe = pipeline("image-captioning", model=folder)
+    assert pipe([]) == pipe(()) == pipe(np.zeros((0, 16, 16, 3), np.uint8)) == []
+    assert list(pipe(Pictures([]))) == list(pipe(PictureStream([]))) == list(pipe(iter([]))) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (object(), "object"),
+        (["image.png", 3], "int"),
+        ([{"label": 3}], "a dictionary of 'label'"),
+        ({"images": 3}, "int"),
+        (Pictures([3]), "int"),
+        (range(3), "int"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
+)
+def test_what_is_no_image_is_refused_at_once(folder: str, images: Any, name: str) -> None:
+    pipe = pipeline("image-captioning", model=folder)
+    pipe.model = None  # it is not asked
+    with pytest.raises(TypeError, match=f"must be a PIL image, a path, a URL.*, got {name}"):
+        pipe(images)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_workers(
+    folder: str,
+    images: list[Image.Image],
+    captions: list[str],
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
+    )
+    pipe = pipeline("image-captioning", model=folder)
+    table = many_images(images, tmp_path)["table"]
+    outputs = pipe(table, num_workers=1, batch_size=2)
+    assert len(outputs) == 2
+    assert list(outputs) == [[{"generated_text": caption}] for caption in captions]
+
+
+# ---- Settings
+
+
+def test_settings_reach_generate(folder: str, images: list[Image.Image], processor: TDDProcessor) -> None:
+    for task in ("image-captioning", "image-text-to-text"):
+        pipe = pipeline(task, model=folder)
+        direct = pipe(images[0], text="", num_inference_steps=1, seed=7, max_new_tokens=2)
+        nested = {"num_inference_steps": 1, "seed": 7, "max_new_tokens": 2}
+        assert direct == pipe(images[0], text="", generate_kwargs=nested)
+        assert len(direct[0]["generated_text"].split()) <= 2
+        tokens = torch.ones(1, 3, dtype=torch.long)
+        with patch.object(pipe.model, "generate", return_value=tokens) as generate:
+            pipe(images[0], text="", num_inference_steps=1, guidance_scale=2.0, max_length=5)
+        given = generate.call_args.kwargs
+        assert (given["num_inference_steps"], given["guidance_scale"], given["max_length"]) == (1, 2.0, 5)
+        made = pipeline(task, model=folder, num_return_sequences=3)
+        assert len(made(images[0], text="")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_step": 1}, "`num_inference_step` is no argument of .*Did you mean `num_inference_steps`"),
+        ({"do_resiz": False}, "`do_resiz` is no argument of .*Did you mean `do_resize`"),
+        ({"output_trajectory": True}, "`output_trajectory` is no argument of this pipeline"),
+        ({"seed": 1, "generate_kwargs": {"seed": 2}}, "`seed` is given twice"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(folder: str, images: list[Image.Image], arguments: dict[str, Any], message: str) -> None:
+    for task in ("image-captioning", "image-text-to-text"):
+        pipe = pipeline(task, model=folder)
+        with pytest.raises(ValueError, match=message):
+            pipe(images[0], text="", **arguments)
+
+
+def test_image_text_to_text_without_text(folder: str, images: list[Image.Image], captions: list[str], tmp_path: Path):
+    pipe = pipeline("image-text-to-text", model=folder)
+    images[1].save(tmp_path / "image.png")
+    assert pipe(images[0]) == [{"input_text": "", "generated_text": captions[0]}]
+    assert pipe(str(tmp_path / "image.png"))[0]["generated_text"] == captions[1]
+    assert [record["generated_text"] for record in pipe(images)] == captions
+    assert [records[0]["generated_text"] for records in pipe(image for image in images)] == captions
+    assert pipe([]) == []
+    with pytest.raises(ValueError, match="Give `images`"):
+        pipe(text="a cat")
+
+
+def test_a_prompt_without_outer_white_space(folder: str, images: list[Image.Image]) -> None:
+    for task in ("image-captioning", "image-text-to-text"):
+        pipe = pipeline(task, model=folder)
+        assert pipe(images[0], text=" the red\n") == pipe(images[0], text="the red")
+
+
+@pytest.mark.parametrize("task", ["image-to-text", "image-text-to-text", "image-captioning"])
+def test_shipped_captioner(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Transformers' warning that it replaces `image-to-text` has an argument that `logging` cannot format
+    monkeypatch.setattr(logging.getLogger("transformers.pipelines"), "warning_once", lambda *args: None)
+    folder = Path(__file__).parent.parent / "checkpoints/emoji-captions"
+    pipe = pipeline(task, model=str(folder), trust_remote_code=True)
+    (record,) = pipe(folder / "example.png")
+    assert record["generated_text"] == "woman climbing: dark skin tone"
+    with Image.open(folder / "example.png") as image:
+        colors = np.asarray(image.convert("RGB"))
+    is_white = (colors == 255).all(axis=-1, keepdims=True)
+    transparent = Image.fromarray(np.concatenate([colors * ~is_white, np.uint8(255) * ~is_white], axis=-1))
+    assert pipe(transparent) == [record]
 
 
 def test_left_padding(folder: str, images: list[Image.Image], captions: list[str]) -> None:

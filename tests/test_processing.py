@@ -16,6 +16,7 @@ from modeling_tdd import TDDForCaptioning, TDDProcessor
 from modeling_tdd.processing_tdd import logger
 
 
+SHIPPED = Path(__file__).parent.parent / "checkpoints/emoji-captions"
 PAD, UNK, EOS, MASK = range(4)
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[MASK]", "a", "cat", "on", "sofa", "dog", "[CLS]"]
 IDS = {word: index for index, word in enumerate(WORDS)}
@@ -197,6 +198,57 @@ def test_captions_train(processor: TDDProcessor, images: list[Image.Image], make
     model: TDDForCaptioning = make_captioner(vocab_size=len(WORDS)).train()
     batch = processor(images=images, captions=["a cat", "dog", "a dog on sofa"], return_tensors="pt")
     assert model(**batch).loss > 0
+
+
+# ---- Words
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The processor's warnings, as if none had been shown before."""
+    type(logger).warning_once.cache_clear()
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+@pytest.mark.parametrize("argument", ["text", "infill"])
+def test_an_unknown_word_is_named(processor: TDDProcessor, warnings: pytest.LogCaptureFixture, argument: str) -> None:
+    processor(**{argument: ["a cat [MASK]", "dog on [MASK] sofa"]})
+    assert not warnings.records
+    inputs = processor(**{argument: ["a zebra on [MASK]", "[MASK] cat", "yak [MASK]"]})
+    assert [record.getMessage() for record in warnings.records] == [
+        f"The tokenizer does not know {word!r}: the model does not see it." for word in ("zebra", "yak")
+    ]
+    ids = inputs["input_ids" if argument == "text" else "decoder_input_ids"]
+    assert ids[0][:3] == [IDS["a"], UNK, IDS["on"]]
+
+
+def test_outer_white_space_is_stripped(warnings: pytest.LogCaptureFixture) -> None:
+    tokenizer = TDDProcessor.from_pretrained(SHIPPED).tokenizer  # a space is a part of its tokens
+    processor = TDDProcessor(ViTImageProcessor(), tokenizer)
+    for argument, text in (("text", "woman"), ("infill", "woman [MASK]"), ("captions", "woman climbing")):
+        assert processor(**{argument: f" \n{text} \t"}) == processor(**{argument: text})
+    assert not warnings.records
+
+
+def test_a_colon_in_an_infilling_is_kept(warnings: pytest.LogCaptureFixture) -> None:
+    processor = TDDProcessor.from_pretrained(SHIPPED)
+    expected = processor(infill="woman climbing: [MASK] skin tone")
+    for text in ("woman climbing : [MASK] skin tone", "woman climbing :[MASK] skin tone"):
+        assert processor(infill=text) == expected
+    assert ":" in processor.tokenizer.decode(processor(infill="[MASK] : dark skin tone")["decoder_input_ids"][0])
+    assert not warnings.records
+    ids = processor(infill="woman xyzzy : [MASK]")["decoder_input_ids"][0]
+    assert ids[1:3] == [UNK, expected["decoder_input_ids"][0][2]]
+    assert [record.getMessage()[:35] for record in warnings.records] == ["The tokenizer does not know 'xyzzy'"]
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest(processor: TDDProcessor, images: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match="`do_resiz` is no argument of the processor.* Did you mean `do_resize`"):
+        processor(images=images, do_resiz=False)
+    with pytest.raises(ValueError, match="`videos` is no argument"):
+        processor(images=images, videos=images)
 
 
 # ---- Saving, and what is refused

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..configuration_tdd import TDDConfig
+from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification
 from ..processing_tdd import TDDProcessor
 from ..sampling_tdd import RandomNumbers
@@ -74,7 +75,7 @@ def predict(
     predictions: list[Any] = []
     batches = data.select_columns("image").iter(batch_size)
     for batch in tqdm(batches, total=-(-len(data) // batch_size), leave=False):
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = [to_rgb(image) for image in batch["image"]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
         if model.can_generate():
             sequences = model.generate(pixel_values=pixel_values, **settings)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from ..images_tdd import to_rgb
 from ..processing_tdd import TDDProcessor
 
 
@@ -87,16 +88,42 @@ MIXUP_FIELDS = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
 
 
 def build_train_transform(augmentation: Augmentation, image_processor: BaseImageProcessor) -> Transform:
-    """timm's training transform for a PIL image, with the normalisation of the image processor. Without any
-    augmentation it is the image processor itself."""
+    """timm's training transform for a PIL image in RGB, with the size and range of what the image processor makes.
+    Without any augmentation it is the image processor itself. Raises a `ValueError` as in [`read_settings`]."""
     if augmentation == Augmentation():
         return partial(_process, image_processor=image_processor)
-    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-    height, width = (augmentation.size, augmentation.size) if augmentation.size else (size["height"], size["width"])
+    size, mean, std = read_settings(image_processor, augmentation.size)
     arguments = {name: value for name, value in asdict(augmentation).items() if name not in ("size", *MIXUP_FIELDS)}
-    arguments |= {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
-    arguments |= {"is_training": True, "color_jitter": None, "interpolation": "bicubic"}
-    return create_transform((3, height, width), **arguments)
+    arguments |= {"mean": mean, "std": std, "is_training": True, "color_jitter": None, "interpolation": "bicubic"}
+    return create_transform((3, *size), **arguments)
+
+
+def read_settings(
+    image_processor: BaseImageProcessor, size: int | None = None
+) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    """Height and width, mean and standard deviation of the images that an image processor makes, measured on pictures
+    of one colour: its settings have many names, and some take others out of effect. `size` replaces the height and
+    width. Raises a `ValueError` if it makes anything but scaled RGB images, or, without `size`, several sizes."""
+    name, colors = type(image_processor).__name__, ((0, 0, 0), (255, 255, 255), (51, 102, 204))
+    try:
+        pixels, larger = (
+            pixels_of(
+                [{"image": Image.new("RGB", (side, side), color)} for color in colors], image_processor, None
+            ).float()
+            for side in (64, 777)
+        )
+        black, white, color = pixels[..., 0, 0]
+        scale = white - black
+        is_plain = torch.allclose(pixels, pixels[..., :1, :1], atol=0.01) and pixels.ndim == 4
+        is_scaled = is_plain and torch.allclose((color - black) / scale, torch.tensor([0.2, 0.4, 0.8]), atol=0.01)
+    except Exception:  # such as one that makes patches, or takes pairs of images
+        is_scaled = False
+    if not is_scaled:
+        raise ValueError(f"Augmentation needs an image processor that makes RGB images without borders, not {name}.")
+    if size is None and larger.shape != pixels.shape:
+        raise ValueError(f"Give `augmentation.size`: {name} makes images of several sizes.")
+    mean, std = ([float(f"{value:.6g}") for value in values.tolist()] for values in (-black / scale, 1 / scale))
+    return (size, size) if size else tuple(pixels.shape[2:]), tuple(mean), tuple(std)
 
 
 def _process(image: Image.Image, image_processor: BaseImageProcessor) -> Tensor:
@@ -113,7 +140,7 @@ def build_mixup(augmentation: Augmentation, num_labels: int) -> Mixup | None:
 
 def pixels_of(examples: list[Example], image_processor: BaseImageProcessor, transform: Transform | None) -> Tensor:
     """Makes `pixel_values` by the transform, a training augmentation, or without one by the image processor."""
-    images = [example["image"].convert("RGB") for example in examples]
+    images = [to_rgb(example["image"]) for example in examples]
     if transform is not None:
         return torch.stack([transform(image) for image in images])
     return image_processor(images, return_tensors="pt")["pixel_values"]

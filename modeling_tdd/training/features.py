@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
+from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDModel
 from .batches import DATA, Augmentation, build_train_transform, seed_for
 from .streaming import Row
@@ -93,7 +94,7 @@ def _encode(images: list[PILImage.Image], rows: list[int], model: TDDModel, view
         pixel_values = []
         for image, row in zip(images, rows):
             set_seed(seed_for(DATA, row, view))
-            pixel_values.append(transform(image.convert("RGB")))
+            pixel_values.append(transform(to_rgb(image)))
         pixel_values = torch.stack(pixel_values).to(model.device, model.dtype)
         features.append(model.get_image_features(pixel_values).pooler_output)
     return {"image_features": [array.tobytes() for array in torch.stack(features, dim=1).half().cpu().numpy()]}
