@@ -24,7 +24,7 @@ from modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDProcess
 from modeling_tdd.evaluation.scoring import predict
 from modeling_tdd.images_tdd import logger, open_image, to_rgb
 from modeling_tdd.training.batches import Augmentation, ImageCollator, build_train_transform, pixels_of
-from modeling_tdd.training.examples import ReadLabelled
+from modeling_tdd.training.data import read_labelled
 from modeling_tdd.training.features import AugmentedViews, cache_features
 
 
@@ -154,7 +154,7 @@ def test_the_same_pixels_through_every_door(
         pixels = processor(images=file, return_tensors="pt")["pixel_values"]
     elif door == "collator":
         row = data.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))[0]
-        pixels = ImageCollator(image_processor)([ReadLabelled(num_labels=1)(row)])["pixel_values"]
+        pixels = ImageCollator(image_processor)([read_labelled(row, num_labels=1)[0]])["pixel_values"]
     elif door == "scoring":
         pixels = seen_pixels(captioner, lambda: predict(captioner, processor, data, batch_size=1))
     else:
@@ -383,7 +383,7 @@ def check_same_range(image_processor: BaseImageProcessor) -> None:
     picture = Image.new("RGB", (96, 96), (30, 90, 200))
     picture.paste((250, 160, 60), (48, 0, 96, 96))
     training = build_train_transform(Augmentation(mixup_alpha=0.1), image_processor)(picture)
-    evaluation = pixels_of([picture], image_processor)[0].float()
+    evaluation = pixels_of([{"image": picture}], image_processor, None)[0].float()
     assert training.shape == evaluation.shape
     scale = max(1.0, float(evaluation.abs().max()))
     width = training.shape[-1]

@@ -106,12 +106,8 @@ def read_settings(
     width. Raises a `ValueError` if it makes anything but scaled RGB images, or, without `size`, several sizes."""
     name, colors = type(image_processor).__name__, ((0, 0, 0), (255, 255, 255), (51, 102, 204))
     try:
-        pixels, larger = (
-            pixels_of(
-                [{"image": Image.new("RGB", (side, side), color)} for color in colors], image_processor, None
-            ).float()
-            for side in (64, 777)
-        )
+        pictures = [[{"image": Image.new("RGB", (side, side), color)} for color in colors] for side in (64, 777)]
+        pixels, larger = (pixels_of(picture, image_processor, None).float() for picture in pictures)
         black, white, color = pixels[..., 0, 0]
         scale = white - black
         is_plain = torch.allclose(pixels, pixels[..., :1, :1], atol=0.01) and pixels.ndim == 4
