@@ -25,7 +25,7 @@ TRAIN = [
 EVAL = ["pycocoevalcap>=1.2"]
 DEMO = ["matplotlib>=3.8"]
 DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.15"]
-TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"]
+TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
 setup(
     name="modeling_tdd",

@@ -5,6 +5,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is imported: no test may reach the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, for the reason below
 
 import sys
 from collections.abc import Callable
