@@ -136,7 +136,10 @@ class TDDGenerationConfig(GenerationConfig):
             return given
         check("generation_config", given)
         given = given if isinstance(given, dict) else vars(given)
-        return cls(**{name: value for name, value in given.items() if not str(name).startswith("_")})
+        try:
+            return cls(**{str(name): value for name, value in given.items() if not str(name).startswith("_")})
+        except ValueError as error:
+            raise ValueError(f"`generation_config`: {error}") from error
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig) -> "TDDGenerationConfig":
@@ -163,8 +166,8 @@ class TDDGenerationConfig(GenerationConfig):
 
 
 def drop_inert(given: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of [`TDDGenerationConfig`] among arguments of Transformers' `generate`. The others must be
-    `None`, `False`, or what has no effect in Transformers.
+    """The parameters of [`TDDGenerationConfig`] among arguments of Transformers' `generate`, checked. The others must
+    be `None`, `False`, or what has no effect in Transformers.
 
     Raises:
         `ValueError`: for others, and for unknown names.
@@ -180,7 +183,11 @@ def drop_inert(given: dict[str, Any]) -> dict[str, Any]:
                 f"Arguments that do not apply to diffusion: {name}={shorten(value)}. "
                 f"Allowed: {', '.join(TDDGenerationConfig._DEFAULTS)}."
             )
-    return {name: value for name, value in given.items() if name in TDDGenerationConfig._DEFAULTS}
+    return {
+        name: value if value is None else check(name, value)
+        for name, value in given.items()
+        if name in TDDGenerationConfig._DEFAULTS
+    }
 
 
 __all__ = ["SAMPLING_PARAMETERS", "TDDGenerationConfig", "drop_inert"]

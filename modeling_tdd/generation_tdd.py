@@ -190,7 +190,7 @@ class TDDGenerationMixin:
         ```"""
         # 1. Check and encode
         config = self._prepare_generation_config(generation_config, kwargs)
-        check_given(generator=generator, logits_processor=logits_processor, streamer=streamer)
+        check_given(generator=generator, logits_processor=logits_processor, streamer=streamer, synced_gpus=synced_gpus)
         if synced_gpus and config.stability_threshold is not None:
             raise ValueError("`synced_gpus=True` needs `stability_threshold=None`: processes may stop at other steps.")
         prefix = self.model.get_prefix(pixel_values, image_features)
@@ -570,7 +570,7 @@ class TokenLogitsProcessor:
         self.warpers = LogitsProcessorList()
         if config.do_sample and config.temperature is not None:
             self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-        if config.do_sample and config.top_k is not None:
+        if config.do_sample and config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.do_sample and config.top_p is not None:
             self.warpers.append(TopPLogitsWarper(float(config.top_p)))

@@ -309,6 +309,7 @@ class TDDModel(TDDPreTrainedModel):
                 finite. An encoder with a fixed image size raises for another size.
         """
         self._check_pixels(pixel_values)
+        pixel_values = pixel_values.to(self.encoder.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             outputs = run_encoder(self.encoder, self.encoder_layout, pixel_values, **kwargs)
         tokens = as_tokens(outputs.last_hidden_state, self.encoder_layout)
@@ -324,7 +325,7 @@ class TDDModel(TDDPreTrainedModel):
             raise ValueError("`pixel_values` must be given.")
         check("pixel_values", pixel_values)
         channels = self.encoder_layout.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.numel() == 0:
             raise ValueError(
                 f"`pixel_values` must have shape (batch_size, {channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
@@ -385,9 +386,7 @@ class TDDModel(TDDPreTrainedModel):
                 for tensors of a wrong shape or out of range, or as in [`~TDDModel.get_image_features`].
         """
         check_forward_kwargs(self, kwargs)
-        check("use_cache", use_cache)
-        if cache is not None and not isinstance(cache, DenoiserCache):
-            raise ValueError(f"`cache` must be that of an earlier output, got {shorten(cache)}.")
+        check_given(cache=cache, use_cache=use_cache)
         if self.denoiser is None:
             raise ValueError("This model was made with `add_denoiser=False`: call `get_image_features`.")
         if sum(given is not None for given in (pixel_values, image_features, cache)) != 1:

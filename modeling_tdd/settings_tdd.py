@@ -5,13 +5,12 @@
 """
 
 import difflib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 
 class Setting(NamedTuple):
@@ -24,12 +23,6 @@ class Setting(NamedTuple):
 # ---- Kinds of settings
 
 
-def _bounds(low: float, high: float | None, above: bool, below: bool) -> str:
-    if high is None:
-        return f"above {low}" if above else f"of at least {low}"
-    return f"in {'(' if above else '['}{low}, {high}{')' if below else ']'}"
-
-
 def integer(low: int, high: int | None = None) -> Setting:
     """An integer from `low` to `high`. `True` is none."""
 
@@ -37,19 +30,18 @@ def integer(low: int, high: int | None = None) -> Setting:
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         return is_integer and low <= value and (high is None or value <= high)
 
-    return Setting(f"an integer {_bounds(low, high, False, False)}", holds)
+    return Setting(f"an integer {f'of at least {low}' if high is None else f'in [{low}, {high}]'}", holds)
 
 
-def number(low: float, high: float | None = None, above: bool = False, below: bool = False) -> Setting:
-    """A finite number from `low`, or `above` it, to `high`, or `below` it."""
+def number(low: float, high: float, above: bool = False, below: bool = False) -> Setting:
+    """A number from `low`, or `above` it, to `high`, or `below` it. `True` is none."""
 
     def holds(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        is_low_enough = high is None or (value < high if below else value <= high)
-        return is_low_enough and (low < value if above else low <= value)
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
 
-    return Setting(f"a {'finite ' if high is None else ''}number {_bounds(low, high, above, below)}", holds)
+    return Setting(f"a number in {'(' if above else '['}{low}, {high}{')' if below else ']'}", holds)
 
 
 def choice(*values: str | bool | None) -> Setting:
@@ -60,18 +52,25 @@ def choice(*values: str | bool | None) -> Setting:
     )
 
 
-def tensor(*dimensions: int, kind: str = "") -> Setting:
-    """A tensor with one of the numbers of dimensions, of `kind` "floats" or "integers", or of any."""
+TENSORS = {
+    "floats": lambda values: values.is_floating_point(),
+    "int64": lambda values: values.dtype == torch.int64,
+    "integers": lambda values: values.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    "floats or int64": lambda values: values.is_floating_point() or values.dtype == torch.int64,
+    "booleans or numbers": lambda values: not values.is_complex(),
+}
+
+
+def tensor(kind: str, *dimensions: int) -> Setting:
+    """A tensor of a kind of numbers, with one of the numbers of dimensions, or with any."""
     shapes = f" with {' or '.join(map(str, dimensions))} dimensions" if dimensions else ""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, Tensor) or (dimensions and value.ndim not in dimensions):
             return False
-        is_float = value.is_floating_point()
-        # Without values there is no kind: PyTorch makes an empty list a tensor of floats
-        return not kind or value.numel() == 0 or (is_float if kind == "floats" else not is_float)
+        return value.numel() == 0 or TENSORS[kind](value)  # PyTorch makes an empty list a tensor of floats
 
-    return Setting(f"a tensor{f' of {kind}' if kind else ''}{shapes}", holds)
+    return Setting(f"a tensor of {kind}{shapes}", holds)
 
 
 def _are_token_sequences(value: Any) -> bool:
@@ -101,6 +100,9 @@ _COUNT = integer(1)
 
 SETTINGS = {
     # Image encoder
+    "vision_config": Setting(
+        "a vision model's configuration or a dictionary", lambda value: isinstance(value, (dict, PreTrainedConfig))
+    ),
     "pooling": choice("cls", "mean", None),
     "freeze_encoder": FLAG,
     # Tokens and labels
@@ -140,7 +142,7 @@ SETTINGS = {
     "loss_weighting": choice("alpha_bar", "none"),
     # Denoising
     "num_inference_steps": _COUNT,
-    "guidance_scale": number(1),
+    "guidance_scale": number(1, 1_000_000),
     "guidance_schedule": choice("constant", "linear", "cosine"),
     "sampling_strategy": choice("argmax", "multinomial"),
     "num_noise_samples": integer(1, 2**16),
@@ -151,25 +153,26 @@ SETTINGS = {
     "max_length": _COUNT,
     "max_new_tokens": _COUNT,
     "do_sample": FLAG,
-    "temperature": number(0, above=True),
+    "temperature": number(1e-6, 1e6),
     "top_k": integer(0),
     "top_p": number(0, 1, above=True),
-    "repetition_penalty": number(0, above=True),
+    "repetition_penalty": number(0.001, 1000),
     "bad_words_ids": Setting("a list of non-empty lists of token ids", _are_token_sequences),
     "num_return_sequences": integer(1, 2**16),
     "return_dict_in_generate": FLAG,
     "output_trajectory": FLAG,
     # What a call computes with
-    "pixel_values": tensor(kind="floats"),
-    "labels": tensor(),
-    "image_features": tensor(3, kind="floats"),
-    "tokens": tensor(2, kind="integers"),
-    "timesteps": tensor(1, 2, 3, kind="integers"),
-    "noise": tensor(3, 4, kind="floats"),
-    "input_ids": tensor(2, kind="integers"),
-    "attention_mask": tensor(2),
-    "decoder_input_ids": tensor(2, kind="integers"),
-    "decoder_attention_mask": tensor(2),
+    "pixel_values": tensor("floats"),
+    "labels": tensor("floats or int64", 1, 2),
+    "image_features": tensor("floats", 3),
+    "tokens": tensor("int64", 2),
+    "timesteps": tensor("int64", 1, 2, 3),
+    "noise": tensor("floats", 3, 4),
+    "input_ids": tensor("integers", 2),
+    "attention_mask": tensor("booleans or numbers", 2),
+    "decoder_input_ids": tensor("integers", 2),
+    "decoder_attention_mask": tensor("booleans or numbers", 2),
+    "cache": Setting("the `cache` of an earlier output", lambda value: hasattr(value, "key_values")),
     "use_cache": FLAG,
     "generation_config": Setting(
         "a `GenerationConfig` or a dictionary", lambda value: isinstance(value, (dict, GenerationConfig))
@@ -181,6 +184,7 @@ SETTINGS = {
     "streamer": Setting(
         "an object with the methods `put` and `end`", lambda value: hasattr(value, "put") and hasattr(value, "end")
     ),
+    "synced_gpus": FLAG,
 }
 
 
