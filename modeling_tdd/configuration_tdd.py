@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .settings_tdd import SETTINGS, check, check_names, integer, read_object
 
+
+logger = logging.get_logger(__name__)
 
 # How a classifier denoises unless it is told otherwise
 CLASSIFIER_INFERENCE = {
@@ -264,12 +267,24 @@ class TDDConfig(PreTrainedConfig):
         is_default = value is None and getattr(type(self), name, None) is None
         if name in SETTINGS and not is_default:
             value = check(name, value)
-        else:
-            check_names([name], self._known_names(), "`TDDConfig`")
+        else:  # tools set names of their own, which are not saved
+            check_names([name], self._known_names(), "`TDDConfig`", cutoff=0.9)
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:  # a field of `PreTrainedConfig`
             raise ValueError(f"`{name}` is refused: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the attributes that a tool has set and that could not be loaded again."""
+        known = set(self._known_names())
+        return {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers. What [`~TDDConfig.to_dict`] leaves out is named in a warning."""
+        unknown = [name for name in vars(self) if name not in self._known_names() and not name.startswith("_")]
+        if unknown:
+            logger.warning(f"`TDDConfig` has no {', '.join(f'`{name}`' for name in unknown)}: not saved.")
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _known_names(cls) -> list[str]:

@@ -229,15 +229,23 @@ def check_given(**values: Any) -> None:
             check(name, value)
 
 
-def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raises a `ValueError` for names that are not known, with the nearest one that is. What begins with an underscore
-    is Transformers' own."""
+def check_names(names: Iterable[str], known: Iterable[str], what: str, cutoff: float = 0.0) -> None:
+    r"""
+    Raises a `ValueError` for names that are not known, with the nearest one that is.
+
+    Args:
+        names (`Iterable[str]`): The names. What begins with an underscore is Transformers' own.
+        known (`Iterable[str]`): The known ones.
+        what (`str`): What has them, for the message.
+        cutoff (`float`, *optional*, defaults to 0.0): Names less alike than this to a known one are let pass.
+    """
     known = list(known)
     for name in names:
         if name not in known and not str(name).startswith("_"):
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=max(cutoff, 0.6))
             hint = f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(sorted(known))}."
-            raise ValueError(f"{what} has no `{name}`. {hint}")
+            if near or not cutoff:
+                raise ValueError(f"{what} has no `{name}`. {hint}")
 
 
 def refuse_given(reason: str, **values: Any) -> None:

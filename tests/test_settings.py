@@ -223,6 +223,7 @@ def test_what_is_set_later_is_checked_too_so_that_what_saves_loads(make_captione
     ):
         with pytest.raises(ValueError, match=name):
             setattr(config, name, value)
+    model.config.of_another_tool = 3  # is no slip, and not saved, or it could not be loaded
     # What Transformers' Trainer sets: the first token is that of the tokenizer, and has no effect here
     model.config.use_cache, model.config.bos_token_id, model.generation_config.bos_token_id = False, 3, 3
     model.generation_config.num_inference_steps = np.int64(3)
@@ -230,6 +231,7 @@ def test_what_is_set_later_is_checked_too_so_that_what_saves_loads(make_captione
     model.config.pad_loss_weight = np.float32(0.5)
     model.save_pretrained(tmp_path)
     loaded = TDDForCaptioning.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "of_another_tool")
     assert loaded.config.pad_loss_weight == 0.5 and loaded.config.bos_token_id == 3
     assert (loaded.generation_config.num_inference_steps, loaded.generation_config.guidance_scale) == (3, 1.5)
     assert torch.equal(loaded.generate(images(2)), model.generate(images(2)))

@@ -4,6 +4,7 @@
 import tempfile
 import unittest
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -127,6 +128,12 @@ class TDDClassifierTest(CommonTests, unittest.TestCase):
 
     def setUp(self) -> None:
         self.model_tester = TDDModelTester(self, seq_length=1, prefix_length=1)
+
+    def test_model_outputs_equivalence(self) -> None:
+        """In eval mode a classifier refuses the timesteps and noise of a training step."""
+        labels = self.model_tester.prepare_training_inputs()["labels"]
+        with mock.patch.object(self.model_tester, "prepare_training_inputs", lambda: {"labels": labels}):
+            super().test_model_outputs_equivalence()
 
     def test_problem_types(self) -> None:
         """One label an image is what diffuses; the common test trains regression and several labels too."""
