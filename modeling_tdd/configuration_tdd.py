@@ -371,7 +371,11 @@ class TDDConfig(PreTrainedConfig):
                     raise ValueError(f"`{name}={getattr(self, name)!r}` needs `corruption='gaussian'`.")
 
     def _validate_training(self) -> None:
-        check("timesteps_per_image", self.timesteps_per_image, integer(1, self.num_timesteps))
+        if self.timesteps_per_image > self.num_timesteps:
+            raise ValueError(
+                f"`timesteps_per_image` must be at most `num_timesteps`, got {self.timesteps_per_image} and "
+                f"{self.num_timesteps}."
+            )
         if self.max_position_embeddings == 1:
             if self.timestep_sampling == "per_token":
                 raise ValueError("`timestep_sampling='per_token'` needs `max_position_embeddings` above 1, got 1.")

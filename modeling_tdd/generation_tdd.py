@@ -340,7 +340,8 @@ class TDDGenerationMixin:
             raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {max_length} places of a caption.")
         given = tokens[mask]
         if ((given < 0) | (given >= self.config.vocab_size)).any():
-            raise ValueError(f"Given token ids must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
+            name = "input_ids" if decoder_input_ids is None else "decoder_input_ids"
+            raise ValueError(f"`{name}` must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
         row_length = (given_length + min(config.max_new_tokens or places, places)).clamp(max=max_length)
         missing = (0, places - tokens.shape[1])
         beyond = torch.arange(places, device=mask.device) >= row_length[:, None]
