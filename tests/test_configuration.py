@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     Dinov2Config,
@@ -232,9 +231,9 @@ def test_a_captioners_configuration_has_no_inference_fields() -> None:
     config = TDDConfig(**SEQUENCE)
     assert all(getattr(config, name) is None for name in INFERENCE_FIELDS)
     for name, value in INFERENCE_FIELDS.items():
-        with pytest.raises(StrictDataclassError, match=f"whose `{name}` belong in `TDDGenerationConfig`"):
+        with pytest.raises(ValueError, match=f"whose `{name}` belong in `TDDGenerationConfig`"):
             TDDConfig(**SEQUENCE, **{name: value})
-    with pytest.raises(StrictDataclassError, match="whose `num_inference_steps`, `guidance_scale`"):
+    with pytest.raises(ValueError, match="whose `num_inference_steps`, `guidance_scale`"):
         TDDConfig(**SEQUENCE, num_inference_steps=5, guidance_scale=2.0)
 
 
@@ -264,20 +263,20 @@ def test_num_categories_are_the_labels_unless_there_is_a_vocabulary() -> None:
 
 
 BAD_FIELDS = [
-    ("vocab_size", 0, "at least 1"),
-    ("num_labels", 0, "at least 1"),
-    ("max_position_embeddings", 0, "at least 1"),
-    ("hidden_size", 0, "at least 1"),
+    ("vocab_size", 0, "an integer in [1, "),
+    ("num_labels", 0, "an integer in [1, "),
+    ("max_position_embeddings", 0, "an integer in [1, "),
+    ("hidden_size", 0, "an integer in [1, "),
     ("hidden_size", 770, "multiple of `num_attention_heads`"),
-    ("num_hidden_layers", 0, "at least 1"),
-    ("num_attention_heads", 0, "at least 1"),
-    ("num_attention_heads", -2, "at least 1"),
-    ("intermediate_size", 0, "at least 1"),
+    ("num_hidden_layers", 0, "an integer in [1, "),
+    ("num_attention_heads", 0, "an integer in [1, "),
+    ("num_attention_heads", -2, "an integer in [1, "),
+    ("intermediate_size", 0, "an integer in [1, "),
     ("hidden_dropout_prob", 1.0, "in [0, 1)"),
     ("attention_probs_dropout_prob", -0.1, "in [0, 1)"),
     ("pooling", "max", "'cls', 'mean', None"),
-    ("num_timesteps", 0, "at least 1"),
-    ("num_timesteps", -5, "at least 1"),
+    ("num_timesteps", 0, "an integer in [1, "),
+    ("num_timesteps", -5, "an integer in [1, "),
     ("num_timesteps", 10.5, "int"),
     ("num_timesteps", "ten", "int"),
     ("noise_schedule", "quadratic", "'linear', 'cosine', 'calibrated', 'projected'"),
@@ -285,28 +284,33 @@ BAD_FIELDS = [
     ("corruption", "uniform", "'gaussian', 'mask'"),
     ("prediction_type", "velocity", "'sample', 'epsilon'"),
     ("loss_weighting", "snr", "'alpha_bar', 'none'"),
-    ("one_hot_scale", 0.0, "(0, 1]"),
-    ("one_hot_scale", 1.5, "(0, 1]"),
+    ("one_hot_scale", 0.0, "in [0.001, 1]"),
+    ("one_hot_scale", 1.5, "in [0.001, 1]"),
     ("condition_dropout", 1.1, "in [0, 1]"),
     ("condition_dropout", float("nan"), "in [0, 1]"),
-    ("timesteps_per_image", 0, "in [1, 1000]"),
-    ("timesteps_per_image", 1001, "in [1, 1000]"),
+    ("timesteps_per_image", 0, "at least 1"),
+    ("timesteps_per_image", 1001, "at most `num_timesteps`, got 1001 and 1000"),
     ("timestep_sampling", "random", "'shared', 'per_token'"),
     ("mistaken_share", 1.0, "in [0, 1)"),
     ("label_smoothing", 1.0, "in [0, 1)"),
     ("pad_loss_weight", 1.5, "in [0, 1]"),
-    ("num_inference_steps", 0, "in [1, 1000]"),
-    ("guidance_scale", 0.5, "at least 1"),
-    ("guidance_scale", float("nan"), "at least 1"),
+    ("num_inference_steps", 0, "at least 1"),
+    ("num_inference_steps", 1001, "in [1, 1000]"),
+    ("guidance_scale", 0.5, "in [1, 1000000]"),
+    ("guidance_scale", float("inf"), "in [1, 1000000]"),
+    ("guidance_scale", float("nan"), "in [1, 1000000]"),
+    ("layer_norm_eps", -1e-6, "in (0, 1]"),
+    ("layer_norm_eps", 1e308, "in (0, 1]"),
+    ("layer_norm_eps", float("nan"), "in (0, 1]"),
     ("guidance_schedule", "sine", "'constant', 'linear', 'cosine'"),
     ("sampling_strategy", "greedy", "'argmax', 'multinomial'"),
-    ("num_noise_samples", 0, "at least 1"),
+    ("num_noise_samples", 0, "an integer in [1, "),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD_FIELDS)
 def test_bad_field_is_refused_by_name(name: str, value: Any, allowed: str) -> None:
-    with pytest.raises((ValueError, StrictDataclassError)) as error:
+    with pytest.raises(ValueError) as error:
         TDDConfig(**{name: value})
     message = str(error.value)
     assert name in message
@@ -314,10 +318,12 @@ def test_bad_field_is_refused_by_name(name: str, value: Any, allowed: str) -> No
     assert allowed in message
 
 
-def test_bad_field_is_refused_when_saved(tmp_path: Path) -> None:
+def test_bad_field_is_refused_when_it_is_set_and_bad_pairs_when_saved(tmp_path: Path) -> None:
     config = TDDConfig()
-    config.noise_schedule = "quadratic"
-    with pytest.raises((ValueError, StrictDataclassError), match="noise_schedule"):
+    with pytest.raises(ValueError, match="`noise_schedule` must be one of .* got 'quadratic'"):
+        config.noise_schedule = "quadratic"
+    config.timesteps_per_image = 2000
+    with pytest.raises(ValueError, match="`timesteps_per_image` must be at most `num_timesteps`, got 2000 and 1000"):
         config.save_pretrained(tmp_path)
 
 
@@ -331,7 +337,7 @@ def test_bad_field_is_refused_when_saved(tmp_path: Path) -> None:
     ],
 )
 def test_masks_have_no_noise(name: str, value: Any) -> None:
-    with pytest.raises(StrictDataclassError, match=f"`{name}={value!r}` needs `corruption='gaussian'`"):
+    with pytest.raises(ValueError, match=f"`{name}={value!r}` needs `corruption='gaussian'`"):
         TDDConfig(**SEQUENCE, corruption="mask", **{name: value})
 
 
@@ -353,7 +359,7 @@ def test_masks_have_no_noise(name: str, value: Any) -> None:
     ids=str,
 )
 def test_fields_that_exclude_each_other(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises(ValueError, match=message):
         TDDConfig(**fields)
 
 
@@ -363,5 +369,5 @@ def test_bad_field_of_a_saved_config_is_refused_when_loaded(
     make_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_timesteps": 0}))
-    with pytest.raises((ValueError, StrictDataclassError), match="`num_timesteps` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"`num_timesteps` must be an integer in \[1, 1048576\], got 0"):
         TDDConfig.from_pretrained(tmp_path)

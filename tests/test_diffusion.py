@@ -155,8 +155,8 @@ def test_mask_schedules_by_hand() -> None:
             ("quadratic", 10, 10, 4),
             "`noise_schedule` must be one of 'linear', 'cosine', 'calibrated', 'projected', got 'quadratic'",
         ),
-        (("linear", 0, 10, 4), "`num_timesteps` must be at least 1, got 0"),
-        (("calibrated", 10, 1, 4), "`num_categories` must be at least 2, got 1"),
+        (("linear", 0, 10, 4), r"`num_timesteps` must be an integer in \[1, 1048576\], got 0"),
+        (("calibrated", 10, 1, 4), "`num_categories` must be an integer of at least 2, got 1"),
     ],
 )
 def test_bad_schedule_is_refused(arguments: tuple, message: str) -> None:

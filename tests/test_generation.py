@@ -560,7 +560,7 @@ def test_padding_is_no_repetition(make_captioner: MakeCaptioner) -> None:
 def test_given_processors_are_applied_to_every_place(make_captioner: MakeCaptioner) -> None:
     class NextIsOneMore(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            wanted = input_ids[:, -1] + 1 if input_ids.shape[1] > 0 else torch.full((len(scores),), 4)
+            wanted = torch.where(input_ids[:, -1] == PAD, 4, input_ids[:, -1] + 1)
             return scores.scatter(1, wanted[:, None], 100.0)
 
     model = make_captioner(max_position_embeddings=4)
@@ -802,45 +802,86 @@ def test_what_is_given_takes_precedence(make_captioner: MakeCaptioner) -> None:
     assert num_steps(do_sample=False) == 10  # what only sampling reads is left out
 
 
-def test_plain_generation_config(make_captioner: MakeCaptioner) -> None:
+@pytest.mark.parametrize("make", [dict, GenerationConfig, TDDGenerationConfig], ids=lambda kind: kind.__name__)
+def test_a_generation_config_may_be_a_dictionary_or_a_plain_one(make_captioner: MakeCaptioner, make: type) -> None:
+    """The parameters of a dictionary were ignored."""
     model, pixel_values = make_captioner(), images(2)
-    config = GenerationConfig(max_new_tokens=3, num_beams=2, temperature=0.5)
-    assert torch.equal(
-        model.generate(pixel_values, generation_config=config), model.generate(pixel_values, max_new_tokens=3)
-    )
+    config = make(max_new_tokens=3, num_beams=1, seed=4)
+    expected = model.generate(pixel_values, max_new_tokens=3, seed=4)
+    assert torch.equal(model.generate(pixel_values, generation_config=config), expected)
+    model.generation_config = config
+    assert isinstance(model.generation_config, TDDGenerationConfig) and model.generation_config.max_length == 8
+    assert torch.equal(model.generate(pixel_values), expected)
 
 
-@pytest.mark.parametrize("name", ["num_beams", "num_steps", "min_length", "labels", "use_cache"])
-def test_unknown_arguments_are_refused(make_captioner: MakeCaptioner, name: str) -> None:
-    with pytest.raises(ValueError, match=f"do not apply to diffusion: {name}.*num_inference_steps"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_beams": 2}, "do not apply to diffusion: num_beams=2"),
+        ({"temperature": 0.5}, "`temperature` needs `do_sample=True`"),
+        ({"num_inference_step": 3}, "has no `num_inference_step`. Did you mean `num_inference_steps`"),
+        ({"eos_token_id": [2, 4]}, r"`eos_token_id` must be an integer in .* got \[2, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("make", [dict, GenerationConfig], ids=lambda kind: kind.__name__)
+def test_what_does_not_apply_is_refused_when_it_is_given(
+    make_captioner: MakeCaptioner, make: type, wrong: dict[str, Any], message: str
+) -> None:
+    """It was ignored in a call, and saved with the model, which could not be loaded again."""
+    model = make_captioner()
+    with pytest.raises(ValueError, match=message):
+        model.generate(images(1), generation_config=make(**wrong))
+    with pytest.raises(ValueError, match=message):
+        model.generation_config = make(**wrong)
+    with pytest.raises(ValueError, match=message):
+        TDDGenerationConfig(**wrong)
+    with pytest.raises(ValueError, match="must be a `GenerationConfig` or a dictionary, got 3"):
+        model.generate(images(1), generation_config=3)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "min_length", "no_repeat_ngram_size", "max_time"])
+def test_arguments_that_do_not_apply_are_refused(make_captioner: MakeCaptioner, name: str) -> None:
+    with pytest.raises(ValueError, match=f"do not apply to diffusion: {name}=2.*num_inference_steps"):
+        make_captioner().generate(images(1), **{name: 2})
+    for value in (None, GenerationConfig._get_default_generation_params().get(name)):
+        make_captioner().generate(images(1), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("num_steps", "num_"), ("guidance", "guidance_scale"), ("do_sampel", "do_sample")]
+)
+def test_unknown_arguments_are_refused_with_the_nearest_known_one(
+    make_captioner: MakeCaptioner, name: str, nearest: str
+) -> None:
+    with pytest.raises(ValueError, match=f"`generate` has no `{name}`. Did you mean `{nearest}"):
         make_captioner().generate(images(1), **{name: 2})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
-        ({"num_inference_steps": 21}, r"`num_inference_steps` must be in \[1, 20\], got 21"),
-        ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer, got 2.5"),
-        ({"guidance_scale": 0.9}, "`guidance_scale` must be at least 1, got 0.9"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
+        ({"num_inference_steps": 21}, r"`num_inference_steps` must be an integer in \[1, 20\], got 21"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer of at least 1, got 2.5"),
+        ({"guidance_scale": 0.9}, r"`guidance_scale` must be a number in \[1, 1000000\], got 0.9"),
         ({"guidance_schedule": "step"}, "`guidance_schedule` must be one of 'constant'"),
-        ({"sampler": "ancestral"}, "`sampler` must be one of None, 'renoise', 'confidence'"),
-        ({"max_length": 0}, "`max_length` must be at least 1"),
-        ({"max_new_tokens": -1}, "`max_new_tokens` must be at least 1"),
-        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
-        ({"stability_threshold": 0}, "`stability_threshold` must be at least 1"),
-        ({"temperature": 0.0, "do_sample": True}, "`temperature` must be above 0"),
+        ({"sampler": "ancestral"}, "`sampler` must be one of 'renoise', 'confidence'"),
+        ({"max_length": 0}, "`max_length` must be an integer of at least 1"),
+        ({"max_new_tokens": -1}, "`max_new_tokens` must be an integer of at least 1"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be an integer in"),
+        ({"stability_threshold": 0}, "`stability_threshold` must be an integer of at least 1"),
+        ({"temperature": 0.0, "do_sample": True}, "`temperature` must be a number in"),
         ({"temperature": 0.5}, "`temperature` needs `do_sample=True`"),
         ({"top_k": 5, "do_sample": False}, "`top_k` needs `do_sample=True`"),
-        ({"repetition_penalty": -1.0}, "`repetition_penalty` must be above 0"),
-        ({"input_ids": torch.tensor([[20], [3]])}, r"ids must be in \[0, 19\], got \[20, 3\]"),
-        ({"input_ids": torch.tensor([[-1], [3]])}, r"ids must be in \[0, 19\], got \[-1, 3\]"),
+        ({"repetition_penalty": -1.0}, "`repetition_penalty` must be a number in"),
+        ({"input_ids": torch.tensor([[20], [3]])}, r"`input_ids` must be in \[0, 19\], got \[20, 3\]"),
+        ({"input_ids": torch.tensor([[-1], [3]])}, r"`input_ids` must be in \[0, 19\], got \[-1, 3\]"),
         ({"input_ids": torch.tensor([[3]])}, "2 images and 1 rows"),
         ({"input_ids": torch.full((2, 9), 3)}, "9 given tokens do not fit the 8 places"),
         ({"decoder_input_ids": torch.full((2, 4), 3)}, "needs a `decoder_attention_mask`"),
         (
             {"decoder_input_ids": torch.full((2, 4), 3), "decoder_attention_mask": torch.ones(2, 3)},
-            "`decoder_attention_mask` of its shape",
+            "`decoder_attention_mask` must have the shape of `decoder_input_ids`",
         ),
         (
             {"decoder_input_ids": torch.full((2, 4), 3), "input_ids": torch.full((2, 4), 3)},

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -151,7 +150,7 @@ def test_one_hot_probabilities_have_the_loss_of_their_labels(
     make_model: MakeModel, pixel_values: Tensor, labels: Tensor, corruption: str, label_smoothing: float
 ) -> None:
     model = make_model(corruption=corruption, label_smoothing=label_smoothing, condition_dropout=0.0).train()
-    fixed = draw_fixed(model)
+    fixed = {} if corruption == "mask" else draw_fixed(model)  # with masks nothing is drawn
     hard = model(pixel_values, labels, **fixed).loss
     soft = model(pixel_values, nn.functional.one_hot(labels, 5).float(), **fixed).loss
     torch.testing.assert_close(hard, soft)
@@ -848,12 +847,12 @@ def test_bad_labels_are_refused(
 
 
 BAD_SETTINGS = [
-    ({"num_inference_steps": 0}, r"`num_inference_steps` must be in \[1, 20\], got 0"),
-    ({"num_inference_steps": 21}, r"`num_inference_steps` must be in \[1, 20\], got 21"),
-    ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1, got 0.5"),
+    ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
+    ({"num_inference_steps": 21}, r"`num_inference_steps` must be an integer in \[1, 20\], got 21"),
+    ({"guidance_scale": 0.5}, r"`guidance_scale` must be a number in \[1, 1000000\], got 0.5"),
     ({"guidance_schedule": "sine"}, "`guidance_schedule` must be one of .* got 'sine'"),
     ({"sampling_strategy": "beam"}, "`sampling_strategy` must be one of .* got 'beam'"),
-    ({"num_noise_samples": 0}, "`num_noise_samples` must be at least 1, got 0"),
+    ({"num_noise_samples": 0}, r"`num_noise_samples` must be an integer in \[1, 65536\], got 0"),
 ]
 
 
@@ -882,7 +881,7 @@ def test_a_classifier_of_several_tokens_is_refused(make_config: MakeConfig, fiel
 
 
 def test_a_single_label_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(StrictDataclassClassValidationError, match="needs at least 2 categories, got 1"):
+    with pytest.raises(ValueError, match="needs at least 2 categories, got 1"):
         make_config(num_labels=1)
 
 

@@ -12,7 +12,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ..configuration_tdd import TDDConfig
-from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel, check_label_range
+from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel
+from ..settings_tdd import check_value_range
 
 
 class AutoregressiveConfig(TDDConfig):
@@ -87,7 +88,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
         """
         prefix = self.model.get_prefix(pixel_values, image_features)
         tokens = labels.masked_fill(labels == -100, self.config.pad_token_id)
-        check_label_range(tokens, self.config.vocab_size)
+        check_value_range("labels", tokens, 0, self.config.vocab_size - 1)
         inputs_embeds = torch.cat([prefix, self.decoder.get_input_embeddings()(tokens)], dim=1)
         # The prefix is not predicted. Its last place predicts the caption's first token.
         targets = tokens.masked_fill(tokens == self.config.pad_token_id, -100)
