@@ -195,6 +195,10 @@ class TDDPreTrainedModel(PreTrainedModel):
         encoder_kwargs = encoder_kwargs or {}
         pretrained_config = AutoConfig.from_pretrained(encoder_name_or_path, **encoder_kwargs)
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
+        if Path(encoder_name_or_path).exists():
+            vision_config._name_or_path = ""  # a checkpoint names no folder of the machine that it was made on
+        if getattr(vision_config, "model_args", None):  # timm writes a head's size there, which Transformers sets too
+            vision_config.model_args.pop("num_classes", None)
         model = cls(cls.config_class(vision_config=vision_config, **config_kwargs))
         encoder = getattr(model, cls.base_model_prefix, model).encoder
         pretrained, info = type(encoder).from_pretrained(
