@@ -195,6 +195,8 @@ class TDDPreTrainedModel(PreTrainedModel):
         encoder_kwargs = encoder_kwargs or {}
         pretrained_config = AutoConfig.from_pretrained(encoder_name_or_path, **encoder_kwargs)
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
+        if not {"dtype", "torch_dtype"} & encoder_kwargs.keys():
+            vision_config.dtype = torch.float32
         if Path(encoder_name_or_path).exists():
             vision_config._name_or_path = ""  # a checkpoint names no folder of the machine that it was made on
         if getattr(vision_config, "model_args", None):  # timm writes a head's size there, which Transformers sets too
@@ -208,7 +210,7 @@ class TDDPreTrainedModel(PreTrainedModel):
         missing |= info["missing_keys"] & encoder.state_dict().keys()  # what `from_pretrained` drew at random
         if missing:
             raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {sorted(missing)}.")
-        return model.to(pretrained.dtype) if {"dtype", "torch_dtype"} & encoder_kwargs.keys() else model
+        return model.to(pretrained.dtype)
 
     def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
@@ -220,8 +222,8 @@ class TDDPreTrainedModel(PreTrainedModel):
         """
         if Path(save_directory, "adapter_config.json").exists() and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"{save_directory} holds a LoRA adapter (`adapter_config.json`), which `from_pretrained` would apply to "
-                "the weights that are saved beside it. Save them to another folder."
+                f"{save_directory} holds a LoRA adapter (`adapter_config.json`), which `from_pretrained` would apply "
+                "to the weights that are saved beside it. Save them to another folder."
             )
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

@@ -46,7 +46,7 @@ def saveable_image_processor(image_processor: Any) -> Any:
     if channels != 3 or not is_plain or interpolation not in INTERPOLATIONS:
         raise ValueError(
             "An image processor of timm must make RGB images, by `crop_mode='squash'` or, for square ones, 'center', "
-            f"got `crop_mode={mode!r}`, `interpolation={interpolation!r}` and images of {channels} x {height} x {width}."
+            f"got `crop_mode={mode!r}`, `interpolation={interpolation!r}`, images of {channels} x {height} x {width}."
         )
     return CLIPImageProcessor(
         size={"shortest_edge": scaled[0]} if mode == "center" else {"height": scaled[0], "width": scaled[1]},

@@ -49,7 +49,6 @@ def add_lora(model: TDDPreTrainedModel, lora: LoraRecipe, new_modules: Sequence[
         )
     modules = list(new_modules) or None
     config = LoraConfig(r=lora.rank, lora_alpha=2 * lora.rank, target_modules=TARGETS[target], modules_to_save=modules)
-    adapted = get_peft_model(model, config)
     if found := re.search(r"models--([^/\\]+)[/\\]snapshots", model.name_or_path):  # a copy from the Hub
-        config.base_model_name_or_path = found[1].replace("--", "/")
-    return adapted
+        model.name_or_path = model.config.name_or_path = found[1].replace("--", "/")
+    return get_peft_model(model, config)
