@@ -449,7 +449,7 @@ def test_lora_leaves_the_configuration_and_an_encoder_without_adapters_as_they_a
     again = TDDForImageClassification.from_pretrained(tmp_path / "merged")
     assert not again.config.freeze_encoder
     start = weights(again.model.encoder)
-    make_trainer(model=again, folder="full", max_steps=2, learning_rate=1e-2).train()  # and so a full fine-tuning trains all
+    make_trainer(model=again, folder="full", max_steps=2, learning_rate=1e-2).train()  # all of it trains
     assert not [name for name, parameter in again.model.encoder.named_parameters() if parameter.equal(start[name])]
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from ..processing_tdd import saveable_image_processor
 from .arguments import TDDTrainingArguments
 from .averaging import AveragedAdamW
 from .batches import TrainingRows
@@ -73,6 +74,7 @@ class TDDTrainer(Trainer):
             _, settings = self.get_optimizer_cls_and_kwargs(args)
             settings |= {"average_decay": args.ema_decay, "average_warmup": args.ema_warmup}
             kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, settings)
+        kwargs["processing_class"] = saveable_image_processor(kwargs.get("processing_class"))
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgressCallback)
