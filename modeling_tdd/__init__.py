@@ -20,7 +20,7 @@ from .pipeline_tdd import (
     TDDImageToTextPipeline,
     prefer_for_tdd,
 )
-from .processing_tdd import TDDProcessor
+from .processing_tdd import TDDProcessor, saveable_image_processor
 
 
 __version__ = "0.1.0"
@@ -57,5 +57,6 @@ __all__ = [
     "TDDPreTrainedModel",
     "TDDProcessor",
     "open_image",
+    "saveable_image_processor",
     "to_rgb",
 ]

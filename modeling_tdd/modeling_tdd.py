@@ -7,6 +7,7 @@ Data flows one way: pixel values -> encoder -> prefix -> denoiser <-> diffusion 
 import inspect
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,7 +193,8 @@ class TDDPreTrainedModel(PreTrainedModel):
                 A model id or folder of any vision model of Transformers. Of a two-tower model (CLIP, SigLIP) the
                 vision tower is taken.
             encoder_kwargs (`dict`, *optional*):
-                Arguments of the encoder's `from_pretrained`, such as `revision` or `dtype`.
+                Arguments of the encoder's `from_pretrained`, such as `revision`. With a `dtype` the whole model has
+                it; without, it is in float32, in which weights are trained, whatever the encoder was saved in.
             config_kwargs:
                 Fields of [`TDDConfig`], such as `num_labels=10` or `pooling="mean"`.
 
@@ -207,6 +209,12 @@ class TDDPreTrainedModel(PreTrainedModel):
         encoder_kwargs = encoder_kwargs or {}
         pretrained_config = AutoConfig.from_pretrained(encoder_name_or_path, **encoder_kwargs)
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
+        if not {"dtype", "torch_dtype"} & encoder_kwargs.keys():
+            vision_config.dtype = torch.float32
+        if Path(encoder_name_or_path).exists():
+            vision_config._name_or_path = ""  # a checkpoint names no folder of the machine that it was made on
+        if getattr(vision_config, "model_args", None):  # timm writes a head's size there, which Transformers sets too
+            vision_config.model_args.pop("num_classes", None)
         model = cls(cls.config_class(vision_config=vision_config, **config_kwargs))
         encoder = getattr(model, cls.base_model_prefix, model).encoder
         pretrained, info = type(encoder).from_pretrained(
@@ -221,7 +229,16 @@ class TDDPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
         silently skip an encoder saved under its original ones. The checkpoint names all Auto classes, not only that of
-        the saved one: `AutoModel` reads a classifier's checkpoint too."""
+        the saved one: `AutoModel` reads a classifier's checkpoint too.
+
+        Raises:
+            `ValueError`: for whole weights into a folder of a LoRA adapter, which loading would apply to them.
+        """
+        if Path(save_directory, "adapter_config.json").exists() and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{save_directory} holds a LoRA adapter (`adapter_config.json`), which `from_pretrained` would apply "
+                "to the weights that are saved beside it. Save them to another folder."
+            )
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
@@ -277,8 +294,11 @@ class TDDModel(TDDPreTrainedModel):
 
     def train(self, mode: bool = True) -> "TDDModel":
         super().train(mode)
-        if self.config.freeze_encoder:
+        if self.config.freeze_encoder or not _trains(self.encoder):
             self.encoder.eval()  # batch statistics and dropout would change frozen features
+        for module in self.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
+                module.eval()  # adapters elsewhere, which are saved without these statistics
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -865,6 +885,10 @@ class ConditionedDenoiser:
         self.conditional = self.conditional.select(keep)
         if self.unconditional is not None:
             self.unconditional = self.unconditional.select(keep)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def average_samples(logits: Tensor, num_noise_samples: int) -> Tensor:

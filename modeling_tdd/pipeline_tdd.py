@@ -2,10 +2,12 @@
 """Transformers' pipelines for models of TDD, which open images as training does, and the image-to-text pipeline, which
 Transformers 5 dropped."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from transformers.pipelines.base import pad_collate_fn
 
 from .generation_configuration_tdd import TDDGenerationConfig
 from .images_tdd import KINDS, check_image, is_image, list_images, open_image
+from .processing_tdd import TDDProcessor
 
 
 # The entry for a captioner's config.json, in Transformers' format
@@ -42,6 +45,10 @@ class TDDImageClassificationPipeline(ImageClassificationPipeline):
 class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
     """Transformers' own with the images of [`~images_tdd.open_image`]. It needs no `text`, and takes the parameters of
     [`TDDGenerationConfig`] by their names."""
+
+    # Its code travels with every model, since Transformers' own pipelines, which a machine without this package has,
+    # save the parts of a processor without it.
+    processor: TDDProcessor
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """As in the parent class. Raises a `ValueError` for a text without an image."""
@@ -74,6 +81,12 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
                 self.tokenizer, self.feature_extractor or self.image_processor
             )
         return iterator
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in the parent class, which leaves the processor out and saves its parts alone."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+        Path(save_directory, "preprocessor_config.json").unlink(missing_ok=True)  # it is in processor_config.json
 
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
         if isinstance(inputs, dict) or is_image(inputs):  # and not a chat

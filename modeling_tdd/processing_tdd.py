@@ -1,13 +1,14 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
 
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, CLIPImageProcessor, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import logging
@@ -17,6 +18,44 @@ from .images_tdd import list_images, open_image
 
 logger = logging.get_logger(__name__)
 
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+
+
+def saveable_image_processor(image_processor: Any) -> Any:
+    r"""
+    The image processor that a model of TDD is saved with. That of a timm repository, [`TimmWrapperImageProcessor`],
+    cannot be saved beside another model: a [`CLIPImageProcessor`] with the same settings takes its place, whose crop
+    may lie one pixel further up and left. Any other one is returned as it is.
+
+    Raises:
+        `ValueError`: for a transform of timm that does something else than scale, crop the centre and normalise.
+
+    Example:
+
+    ```python
+    >>> image_processor = saveable_image_processor(AutoImageProcessor.from_pretrained("timm/resnet18.a1_in1k"))
+    >>> image_processor.save_pretrained(folder)  # of a classifier
+    ```"""
+    if not hasattr(image_processor, "val_transforms"):
+        return image_processor
+    settings = image_processor.data_config
+    channels, height, width = settings["input_size"]
+    scaled = [math.floor(side / settings["crop_pct"]) for side in (height, width)]
+    mode, interpolation = settings["crop_mode"], settings["interpolation"]
+    is_plain = mode == "squash" or (mode == "center" and height == width)
+    if channels != 3 or not is_plain or interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            "An image processor of timm must make RGB images, by `crop_mode='squash'` or, for square ones, 'center', "
+            f"got `crop_mode={mode!r}`, `interpolation={interpolation!r}`, images of {channels} x {height} x {width}."
+        )
+    return CLIPImageProcessor(
+        size={"shortest_edge": scaled[0]} if mode == "center" else {"height": scaled[0], "width": scaled[1]},
+        crop_size={"height": height, "width": width},
+        resample=INTERPOLATIONS[interpolation],
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+    )
+
 
 class TDDProcessor(ProcessorMixin):
     r"""
@@ -25,7 +64,8 @@ class TDDProcessor(ProcessorMixin):
     The longest caption is the tokenizer's `model_max_length`: set it to the model's `max_position_embeddings`.
 
     Args:
-        image_processor (`BaseImageProcessor`): The encoder's image processor.
+        image_processor (`BaseImageProcessor`): The encoder's image processor. That of a timm repository is replaced as
+            in [`saveable_image_processor`].
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Infilling needs its mask token.
         chat_template (`str`, *optional*): A Jinja template, to use the model with chats.
 
@@ -46,6 +86,7 @@ class TDDProcessor(ProcessorMixin):
     text_kwargs = {"add_special_tokens": False, "padding": True, "return_token_type_ids": False}
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
+        image_processor = saveable_image_processor(image_processor)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError(
@@ -216,4 +257,4 @@ class TDDProcessor(ProcessorMixin):
         return [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows]
 
 
-__all__ = ["TDDProcessor"]
+__all__ = ["TDDProcessor", "saveable_image_processor"]

@@ -72,6 +72,7 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> 
 
 
 def make_trainer(recipe: Recipe, task: Task, args: TDDTrainingArguments) -> TDDTrainer:
+    task.model.float()  # a checkpoint may be in half precision, in which small steps are rounded away
     model = task.model if recipe.lora is None else add_lora(task.model, recipe.lora, task.new_modules)
     if args.process_index == 0:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import (
+    MobileViTConfig,
+    TimmWrapperConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -432,6 +434,136 @@ def test_captioner_resumes_from_any_folder(
 def test_lora_without_a_module_to_adapt_is_refused(make_model: Callable):
     with pytest.raises(ValueError, match="nothing to adapt"):
         add_lora(make_model(), LoraRecipe(2, "denoiser"), ["denoiser"])
+
+
+def test_lora_leaves_the_configuration_and_an_encoder_without_adapters_as_they_are(
+    make_trainer: Callable, make_model: Callable, tmp_path: Path
+):
+    model = make_model(vision_config=TimmWrapperConfig(architecture="test_resnet"), pooling="mean")
+    before = weights(model.model.encoder)
+    trainer = make_trainer(model=add_lora(model, LoraRecipe(2, "denoiser")), max_steps=2)
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    assert_equal(weights(merged.model.encoder), before)  # batch statistics too
+    merged.save_pretrained(tmp_path / "merged")
+    again = TDDForImageClassification.from_pretrained(tmp_path / "merged")
+    assert not again.config.freeze_encoder
+    start = weights(again.model.encoder)
+    make_trainer(model=again, folder="full", max_steps=2, learning_rate=1e-2).train()  # all of it trains
+    assert not [name for name, parameter in again.model.encoder.named_parameters() if parameter.equal(start[name])]
+
+
+def test_lora_adapts_the_encoder_or_names_it(make_model: Callable):
+    resnet = {"vision_config": TimmWrapperConfig(architecture="test_resnet"), "pooling": "mean"}
+    for target in ("all", "encoder"):
+        with pytest.raises(ValueError, match=f"{target}.*`test_resnet` has no query and value projections.*denoiser'"):
+            add_lora(make_model(**resnet), LoraRecipe(2, target))
+        with pytest.raises(ValueError, match=f"{target}'` adapts the encoder.*freeze_encoder=False"):
+            add_lora(make_model(freeze_encoder=True), LoraRecipe(2, target))
+
+
+def test_batch_statistics_stay_where_adapters_train(make_model: Callable, pixel_values: Tensor, labels: Tensor):
+    """An adapter is saved without them: with it the base model must say what the trained one says."""
+    settings = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 7, "num_attention_heads": 2}
+    model = make_model(vision_config=MobileViTConfig(**settings, image_size=64, patch_size=2), pooling="mean")
+    before = weights(model)
+    model = add_lora(model, LoraRecipe(2, "encoder")).train()
+    assert any("encoder" in name and "lora_" in name for name, _ in model.named_parameters())
+    model(pixel_values=torch.nn.functional.interpolate(pixel_values, 64), labels=labels).loss.backward()
+    merged = model.merge_and_unload().state_dict()
+    statistics = [name for name in before if "running_" in name]
+    assert statistics and all(merged[name].equal(before[name]) for name in statistics)
+
+
+def test_whole_weights_are_not_saved_beside_an_adapter(make_model: Callable, tmp_path: Path):
+    """Loading would apply the adapter once more."""
+    model = add_lora(make_model(), LoraRecipe(2))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="holds a LoRA adapter"):
+        merged.save_pretrained(tmp_path / "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    assert_equal(weights(TDDForImageClassification.from_pretrained(tmp_path / "merged")), weights(merged))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("models--user--tiny_tdd/snapshots/0123", "user/tiny_tdd"), ("own/tdd", "own/tdd")]
+)
+def test_an_adapter_names_its_base_by_its_id(
+    make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained(folder)
+    for base in (folder, str(tmp_path / folder)):
+        model = add_lora(TDDForImageClassification.from_pretrained(base), LoraRecipe(2))
+        model.save_pretrained("adapter")
+        saved = json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+        assert saved == (name if "snapshots" in folder else base)
+        assert str(tmp_path) not in Path("adapter/README.md").read_text() or "snapshots" not in folder
+
+
+# ---- Half precision, bad arguments
+
+
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_in_half_precision_saves_float32(make_trainer: Callable, tmp_path: Path, setting: str):
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, **{setting: True})
+    trainer.train()
+    before = weights(trainer.model)
+    kinds = {parameter.dtype for parameter in before.values()}
+    seen = []
+    trainer.model.register_forward_hook(lambda model, args, outputs: seen.append(model.dtype))
+    assert 0 <= trainer.evaluate()["eval_top1"] <= 1
+    assert set(seen) == {torch.bfloat16 if "bf16" in setting else torch.float16}
+    assert_equal(weights(trainer.model), before)
+    assert {tensor.dtype for tensor in weights(trainer.model).values()} == kinds
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all(tensor.equal(before[name]) for name, tensor in saved.items())
+
+
+def test_an_encoder_in_half_precision_trains_in_float32(
+    make_trainer: Callable, vision_config: ViTConfig, tmp_path: Path
+):
+    encoder = ViTModel(vision_config, add_pooling_layer=False).to(torch.bfloat16)
+    encoder.save_pretrained(tmp_path / "encoder")
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 5}
+    model = TDDForImageClassification.from_encoder_pretrained(tmp_path / "encoder", **size)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.model.encoder.layernorm.weight.equal(encoder.layernorm.weight.float())
+    model.save_pretrained(tmp_path / "model")
+    again = TDDForImageClassification.from_pretrained(tmp_path / "model")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    make_trainer(model=model, max_steps=1).train()
+    half = TDDForImageClassification.from_encoder_pretrained(
+        tmp_path / "encoder", encoder_kwargs={"dtype": torch.bfloat16}, **size
+    )
+    assert half.dtype == torch.bfloat16  # as it is asked for
+    with pytest.raises(ValueError, match="must be float32 to be averaged"):
+        make_trainer(model=half, max_steps=1).train()
+
+
+def test_a_checkpoint_in_half_precision_is_fine_tuned_in_float32(
+    tmp_path: Path, digits_checkpoint: Path, run_train: Callable
+):
+    model = TDDForImageClassification.from_pretrained(digits_checkpoint).to(torch.bfloat16)
+    model.save_pretrained(digits_checkpoint)
+    run_train("finetune", "--set", f"checkpoint={digits_checkpoint}", "data.path=digits", *SHORT)
+    saved = load_file(tmp_path / "outputs/finetune/tdd-seed0/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_paths_and_wrong_types_as_arguments(make_trainer: Callable, tmp_path: Path):
+    checkpoint = tmp_path / "run/checkpoint-1"
+    make_trainer(max_steps=2, save_steps=1).train()
+    trainer = make_trainer(max_steps=2, resume_from_checkpoint=checkpoint)
+    assert trainer.args.resume_from_checkpoint == str(checkpoint) and str(checkpoint) in trainer.args.to_json_string()
+    trainer.train(checkpoint)
+    assert trainer.state.global_step == 2
+    for wrong in (5, 0.5, [checkpoint]):
+        with pytest.raises(TypeError, match="`resume_from_checkpoint` must be a folder or a boolean, got"):
+            trainer.train(wrong)
 
 
 # ---- The script

@@ -345,6 +345,12 @@ def test_published_checkpoint_gives_the_same_captions_and_a_failed_upload_leaves
         assert f"user/captioner is still at revision {published}." in output
         assert repository.main == published
     hub.fail_at = None
+    # An adapter of an earlier version, which loading would apply to the merged weights, and code of that version
+    stale = {name: repository.add_blob(b"{}") for name in ("adapter_config.json", "adapter_model.bin", "old_tdd.py")}
+    files = repository.revisions[published]
+    repository.commit({**files, **stale})
+    assert author.run(PUBLISH, run_folder, "--repo-id", "user/captioner")[0] == 0
+    assert repository.revisions[repository.main].keys() == files.keys()
     assert_same_captions(captions_of(stranger, image_file, "user/captioner"), run_folder, image_file)
     assert author.run(PUBLISH, better, "--repo-id", "user/captioner")[0] == 0  # and then it can be repeated
     assert_same_captions(captions_of(stranger, image_file, "user/captioner"), better, image_file)

@@ -5,6 +5,7 @@
   ``<!-- not run `accelerate launch`: REASON -->`` takes out its commands that start so. What is taken out is parsed:
   its script, its arguments, its recipe with the overrides. `pytest tests/test_readme.py -rs` lists the reasons.
 - Commands that set up an environment (`SET_UP`) are not run here: the project's CI runs them, from the README too.
+- Commands of a script in the middle of a sentence are parsed too; calls of a pipeline stand in blocks alone.
 - The default run shortens trainings: one epoch on a few pictures (`SHORTER`). `pytest -m slow` runs them in full.
 - Blocks find what `given_files` and `given_names` hold, which the README takes for granted: a reader's own pictures.
 """
@@ -193,7 +194,10 @@ def test_all_blocks_in_full(
             run_block(block, tmp_path, namespace, monkeypatch, full=True)
 
 
-NOT_RUN = [
+# Commands in the middle of a sentence, which take long: they are parsed as those that are not run
+PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+IN_PROSE = [(None, command) for command in re.findall(r"`(python scripts/[^`]+)`", PROSE)]
+NOT_RUN = IN_PROSE + [
     (block, command)
     for block in BLOCKS
     if block.language == "bash"
@@ -203,8 +207,16 @@ NOT_RUN = [
 
 
 @pytest.mark.parametrize(("block", "command"), NOT_RUN, ids=lambda value: str(value)[:60])
-def test_commands_that_are_not_run_are_right(block: Block, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_are_not_run_are_right(
+    block: Block | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parse_command(command, monkeypatch)
+
+
+def test_what_stands_in_prose_is_run_or_parsed() -> None:
+    assert len(IN_PROSE) > 3
+    code = re.findall(r"`([^`]+)`", PROSE)
+    assert [span for span in code if re.match(r"pipeline\(.*model=|accelerate launch|pytest .*\.py", span)] == []
 
 
 def test_what_is_checked_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """The Auto classes with this package, and a saved checkpoint on a machine without it."""
 
+import ast
+import inspect
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +24,24 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     ViTImageProcessor,
+    pipeline,
 )
 
 import modeling_tdd
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification, TDDModel, TDDProcessor
 from modeling_tdd.modeling_tdd import AUTO_MAP
+from modeling_tdd.pipeline_tdd import CUSTOM_PIPELINES
 
 
 PROBE = Path(__file__).parent / "remote_code_probe.py"
-# A classifier needs no processor of ours
-CODE = {path.name for path in Path(modeling_tdd.__file__).parent.glob("*_tdd.py")} - {"processing_tdd.py"}
+ROOT = Path(__file__).parent.parent
+CODE = {path.name: path for path in Path(modeling_tdd.__file__).parent.glob("*_tdd.py")}
+SHIPPED = [ROOT / "checkpoints/digits", ROOT / "checkpoints/emoji-captions"]
+# What Transformers itself needs to run PyTorch models on images
+NEEDED = {"PIL", "huggingface_hub", "numpy", "torch", "transformers"}
+# What the environment has beside it. A line of Python that makes all of it unknown
+OTHERS = ("modeling_tdd", "accelerate", "datasets", "evaluate", "matplotlib", "peft", "scipy", "sklearn", "timm")
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({OTHERS}))\n"
 
 
 @pytest.fixture
@@ -89,10 +100,122 @@ def test_checkpoint_names_every_auto_class_and_brings_their_code(checkpoints: tu
         for reference in AUTO_MAP.values():
             module, name = reference.split(".")
             assert f"class {name}(" in (folder / f"{module}.py").read_text()
+        assert {path.name for path in folder.glob("*.py")} == set(CODE)
     processor_config = json.loads((captioner / "processor_config.json").read_text())
     assert processor_config["auto_map"] == {"AutoProcessor": "processing_tdd.TDDProcessor"}
-    assert {path.name for path in classifier.glob("*.py")} == CODE
-    assert {path.name for path in captioner.glob("*.py")} == CODE | {"processing_tdd.py"}
+
+
+def test_the_code_of_a_checkpoint_imports_nothing_but_what_transformers_needs() -> None:
+    imported = set()
+    for path in CODE.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == NEEDED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "AutoModel.from_pretrained(captioner, trust_remote_code=True)",
+        "AutoProcessor.from_pretrained(captioner, trust_remote_code=True)(images=image)",
+        "pipeline('image-to-text', model=captioner, trust_remote_code=True)(image)",
+    ],
+)
+def test_each_part_is_loaded_alone_with_nothing_but_transformers(
+    checkpoints: tuple[str, str], image_file: str, line: str, tmp_path: Path
+) -> None:
+    name = line.partition("(")[0].partition(".")[0]
+    names = f"from transformers import {name}\ncaptioner, image = {(checkpoints[1], image_file)!r}\n"
+    done = run_without_package(tmp_path, "-c", HIDE + names + line)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- The checkpoints of this repository
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_a_shipped_checkpoint_has_the_code_of_today(folder: Path) -> None:
+    renew = "for folder in checkpoints/*; do cp modeling_tdd/*_tdd.py $folder; done"
+    assert {path.name for path in folder.glob("*.py")} == set(CODE), renew
+    for name, path in CODE.items():
+        assert (folder / name).read_bytes() == path.read_bytes(), f"{name} is of another version: {renew}"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert "_name_or_path" not in config["vision_config"]  # a folder of the machine on which it was trained
+    if folder.name == "emoji-captions":
+        assert config["custom_pipelines"] == CUSTOM_PIPELINES
+        processor = json.loads((folder / "processor_config.json").read_text())
+        assert processor["auto_map"] == {"AutoProcessor": "processing_tdd.TDDProcessor"}
+
+
+def test_shipped_checkpoints_answer_without_the_package(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.modules["modeling_tdd"] = None
+from transformers import pipeline
+digits, emoji = map(str, {[str(folder) for folder in SHIPPED]!r})
+print(pipeline("image-to-text", model=emoji, trust_remote_code=True)(emoji + "/example.png"))
+print(pipeline("image-classification", model=digits, trust_remote_code=True)(digits + "/example.png", top_k=1))
+"""
+    done = run_without_package(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+    captions, label = done.stdout.splitlines()
+    assert captions == "[{'generated_text': 'woman climbing: dark skin tone'}]" and "'label': '7'" in label
+
+
+# ---- Pipelines
+
+
+TASKS = ["image-classification", "image-text-to-text", "image-to-text"]
+
+
+def run_pipeline(folder: str, task: str, image_file: str, again: Path | None = None) -> Any:
+    """What a pipeline says of an image. With `again` it is saved there."""
+    pipe = pipeline(task, model=folder, trust_remote_code=True)
+    outputs = pipe(image_file) if task != "image-text-to-text" else pipe(image_file, text="the red")
+    if again is not None:
+        pipe.save_pretrained(again)
+    return json.loads(json.dumps(outputs))
+
+
+def save_pipelines_without_package(tmp_path: Path, jobs: list[tuple[str, str, str | None]], image_file: str) -> Any:
+    """The same for several folders, tasks and new folders in another process, which has no package."""
+    source = inspect.getsource(run_pipeline)
+    script = f"""{HIDE}
+import json
+from pathlib import Path
+from typing import Any
+from transformers import pipeline
+{source}
+print(json.dumps([run_pipeline(folder, task, {image_file!r}, again) for folder, task, again in {jobs!r}]))
+"""
+    done = run_without_package(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("with_package", [True, False])
+def test_what_a_pipeline_saves_needs_no_package(
+    checkpoints: tuple[str, str], image_file: str, tmp_path: Path, with_package: bool
+) -> None:
+    """Saved by a pipeline of each kind, with the package or without it, and then once more without it."""
+    sources = {task: checkpoints[task != "image-classification"] for task in TASKS}
+    first = {task: tmp_path / f"first-{task}" for task in TASKS}
+    if with_package:
+        expected = [run_pipeline(sources[task], task, image_file, first[task]) for task in TASKS]
+    else:
+        jobs = [(sources[task], task, str(first[task])) for task in TASKS]
+        expected = save_pipelines_without_package(tmp_path, jobs, image_file)
+    again = [(str(first[task]), task, str(tmp_path / f"second-{task}")) for task in TASKS]
+    last = [(folder, task, None) for _, task, folder in again]
+    outputs = save_pipelines_without_package(tmp_path, [*again, *last], image_file)
+    assert outputs == expected * 2
+    for task in TASKS:
+        folder = tmp_path / f"second-{task}"
+        assert {path.name for path in folder.glob("*.py")} == set(CODE)
 
 
 def test_outputs_without_the_package_are_the_same_bit_for_bit(

@@ -7,12 +7,18 @@ from huggingface_hub import HfApi
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads `folder` as one commit and returns its URL. The error after a failure says what the repository holds."""
+    """Uploads `folder` as one commit and returns its URL. The error after a failure says what the repository holds. An
+    earlier version's code and adapters, which loading would apply to the new weights, are removed by that commit."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     before = api.model_info(repo_id).sha
     try:
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish checkpoint").commit_url
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Publish checkpoint",
+            delete_patterns=["adapter_*", "*_tdd.py"],
+        ).commit_url
     except Exception as error:
         try:
             now = api.model_info(repo_id).sha

@@ -2,6 +2,7 @@
 """The settings of a training run: Transformers' `TrainingArguments`, and a few that they lack."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ class TDDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check()
+        for name, value in vars(self).items():
+            if isinstance(value, Path):  # which Transformers writes to no file
+                setattr(self, name, str(value))
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         # Without `use_cpu` Accelerate runs processes that have no GPU as separate trainings.

@@ -24,7 +24,7 @@ from ..configuration_tdd import TDDConfig
 from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, nearest_captions
 from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
-from ..processing_tdd import TDDProcessor
+from ..processing_tdd import TDDProcessor, saveable_image_processor
 from .batches import (
     CaptionCollator,
     ImageCollator,
@@ -255,5 +255,5 @@ def start_model(
 
 def load_image_processor(recipe: Recipe) -> BaseImageProcessor:
     if source := recipe.checkpoint or recipe.encoder:
-        return AutoImageProcessor.from_pretrained(source)
+        return saveable_image_processor(AutoImageProcessor.from_pretrained(source))
     return ViTImageProcessor(**recipe.image_processor, do_convert_rgb=True)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from ..processing_tdd import saveable_image_processor
 from .arguments import TDDTrainingArguments
 from .averaging import AveragedAdamW
 from .batches import TrainingRows
@@ -73,6 +74,7 @@ class TDDTrainer(Trainer):
             _, settings = self.get_optimizer_cls_and_kwargs(args)
             settings |= {"average_decay": args.ema_decay, "average_warmup": args.ema_warmup}
             kwargs["optimizer_cls_and_kwargs"] = (AveragedAdamW, settings)
+        kwargs["processing_class"] = saveable_image_processor(kwargs.get("processing_class"))
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgressCallback)
@@ -134,9 +136,11 @@ class TDDTrainer(Trainer):
 
     # ---- Training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint, if there is one.
         Afterwards the model holds the average of its weights."""
+        if not isinstance(resume_from_checkpoint, (str, Path, bool, type(None))):
+            raise TypeError(f"`resume_from_checkpoint` must be a folder or a boolean, got {resume_from_checkpoint!r}.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -198,9 +202,17 @@ class TDDTrainer(Trainer):
     # ---- Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
+        """As in `Trainer`, which casts the model itself with `bf16_full_eval`: what is saved stays in float32."""
+        modules = list(self.model.modules())
+        groups = [group for module in modules for group in (module._parameters, module._buffers)]
+        kept = [(group, name, x, x.data) for group in groups for name, x in group.items() if x is not None]
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            for group, name, tensor, data in kept if self.args.bf16_full_eval or self.args.fp16_full_eval else ():
+                tensor.data, group[name] = data, tensor
         # FSDP2 keeps weights that it has gathered for a forward. The next training step would use the average.
-        for module in self.model.modules():
+        for module in modules:
             if isinstance(module, FSDPModule):
                 module.reshard()
         return output

@@ -1,0 +1,374 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""TDD model configuration."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+NOISE_SCHEDULES = ("linear", "cosine", "calibrated", "projected")
+CORRUPTIONS = ("gaussian", "mask")
+PREDICTION_TYPES = ("sample", "epsilon")
+LOSS_WEIGHTINGS = ("alpha_bar", "none")
+INPUT_WEIGHTINGS = ("none", "visibility")
+TIMESTEP_SAMPLINGS = ("shared", "per_token")
+POOLINGS = ("cls", "mean", None)
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+SAMPLING_STRATEGIES = ("argmax", "multinomial")
+# How a classifier denoises unless it is told otherwise
+CLASSIFIER_INFERENCE = {
+    "num_inference_steps": 10,
+    "guidance_scale": 1.0,
+    "guidance_schedule": "constant",
+    "sampling_strategy": "argmax",
+    "num_noise_samples": 1,
+}
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises a `ValueError` that names the argument, what was given and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), include_high: bool = True) -> None:
+    """Raises a `ValueError` unless `low <= value <= high` (`< high` without `include_high`)."""
+    inside = low <= value and (value <= high if include_high else value < high)
+    if not inside:
+        allowed = f"at least {low}" if high == float("inf") else f"in [{low}, {high}{']' if include_high else ')'}"
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def check_inference_settings(
+    num_timesteps: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    guidance_schedule: str,
+    sampling_strategy: str,
+    num_noise_samples: int,
+) -> None:
+    """The one place that checks the settings of a denoising loop; raises a `ValueError` that names the wrong one."""
+    check_range("num_inference_steps", num_inference_steps, 1, num_timesteps)
+    check_range("guidance_scale", guidance_scale, 1)
+    check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
+    check_choice("sampling_strategy", sampling_strategy, SAMPLING_STRATEGIES)
+    check_range("num_noise_samples", num_noise_samples, 1)
+
+
+@strict
+class TDDConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TDDModel`], [`TDDForImageClassification`] and [`TDDForCaptioning`]: in-situ Tweedie Discrete
+    Diffusion (arXiv 2510.01047).
+
+    `TDDConfig()` is the paper's classifier in every field that the paper states; with `num_labels=1000` it has the
+    paper's 111 M parameters. "(ours)" marks a value about which the paper is silent, and "(ours; the paper: ...)" a
+    value that departs from it. A number after "decision" is that of the entry in `docs/decisions.md`.
+
+    Some defaults differ between one token (`max_position_embeddings=1`, classification) and sequences (captioning).
+    Their default is `None`, which is replaced by the task's value when the configuration is made, so that a saved
+    configuration always holds the value itself.
+
+    Args:
+        > Image encoder
+
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ViT-B/16 `ViTConfig`):
+            The image encoder: any vision model of Transformers (ViT, DINOv2, SigLIP, ...) or a `TimmWrapperConfig`.
+        pooling (`str`, *optional*, defaults to `"cls"`):
+            How the encoder's tokens become the condition c (Section 3.3): `"cls"`, `"mean"` (of the patch tokens), or
+            `None` for all tokens.
+        freeze_encoder (`bool`, *optional*, defaults to `False`):
+            Whether the encoder stays as it is: without gradients, and always in eval mode.
+
+        > Tokens
+
+        vocab_size (`int`, *optional*):
+            Number of categories K of a token. `None` stands for `num_labels`: the token is a class label.
+        max_position_embeddings (`int`, *optional*, defaults to 1):
+            Number of tokens N that are diffused together: 1 for classification.
+        pad_token_id (`int`, *optional*):
+            Captioning: the token that fills a caption's places after its end. It is predicted like any other token.
+        eos_token_id (`int`, *optional*):
+            Captioning: the token that ends a caption.
+
+        > Denoiser
+
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width d of the denoiser (ours).
+        num_hidden_layers (`int`, *optional*, defaults to 3):
+            Number of the denoiser's Transformer layers (ours); with 3 it has the paper's 24 M parameters.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads of each denoiser layer (ours).
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of each denoiser layer's feed-forward network (ours).
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the feed-forward networks and of the connector (ours).
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after each attention and feed-forward block of the denoiser (ours).
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout on the denoiser's attention weights (ours).
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the denoiser's layer norms (ours).
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights (ours). Narrow networks need more, see decision 3.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the projection of the noisy one-hot vectors and the output projection share one matrix (ours).
+
+        > Diffusion process
+
+        num_timesteps (`int`, *optional*, defaults to 1000):
+            Number of diffusion timesteps T (ours).
+        noise_schedule (`str`, *optional*):
+            `"linear"`, `"cosine"`, `"calibrated"` or `"projected"`; see [`~diffusion_tdd.gaussian_schedule`] (ours).
+            The default is `"cosine"` for one token, which the paper's figures fit, and `"projected"` for sequences,
+            see decision 24.
+        input_weighting (`str`, *optional*):
+            `"none"`: the denoiser reads y_t W as it is, as in the paper. `"visibility"`: each noisy token is scaled by
+            its signal share, see [`~diffusion_tdd.NoiseSchedule`]. The default is `"none"` for one token and
+            `"visibility"` for sequences (ours; the paper: `"none"`), see decisions 11 and 26.
+
+        > Training
+
+        timesteps_per_image (`int`, *optional*, defaults to 4):
+            The number of noisy labels for each encoded image, the K of the K-fold feature reuse of Section 3.3 (ours).
+        timestep_sampling (`str`, *optional*):
+            `"shared"`: one timestep for all tokens of a sequence, as in the paper. `"per_token"`: one for each token,
+            see [`~loss_tdd.draw_token_timesteps`]. The default is `"shared"` for one token and with masks, and
+            `"per_token"` for sequences with Gaussian noise (ours; the paper: `"shared"`), see decision 12.
+        mistaken_share (`float`, *optional*):
+            The share of a sequence's tokens that training replaces by wrong ones before the noise is added, see
+            [`~loss_tdd.replace_by_wrong_tokens`]. The default is 0.1 with `timestep_sampling="per_token"` (ours; the
+            paper: 0), see decision 23, and 0 otherwise.
+        condition_dropout (`float`, *optional*, defaults to 0.1):
+            Probability that an image's condition is replaced by the learned null condition in training, for
+            classifier-free guidance (appendix A.3; the value is ours).
+        label_smoothing (`float`, *optional*):
+            Label smoothing of the training loss. The default is 0.1 for one token (appendix A.1), and 0 for sequences
+            and for `prediction_type="epsilon"`.
+        pad_loss_weight (`float`, *optional*, defaults to 0.1):
+            Captioning: weight of padding in the loss, against 1 for the caption's tokens and its end (ours).
+
+        > Baseline and ablations of the paper
+
+        corruption (`str`, *optional*, defaults to `"gaussian"`):
+            `"gaussian"` is TDD. `"mask"` is the baseline MDD, masked discrete diffusion. For one token MDD is a linear
+            head on the encoder's features (Section 4.1), and the model has no denoiser.
+        prediction_type (`str`, *optional*, defaults to `"sample"`):
+            `"sample"`: cross-entropy on y_0 (Section 3.2). `"epsilon"`: mean squared error on the noise, the ablation
+            of Table 2 ("w/ regression loss").
+        loss_weighting (`str`, *optional*):
+            `"alpha_bar"` weights the loss by the timestep-conditioned coefficient of Section 3.2, `"none"` does not.
+            The default is the paper's: `"alpha_bar"` for one token (Section 3.2), `"none"` for sequences
+            (Section 3.4).
+        one_hot_scale (`float`, *optional*, defaults to 1.0):
+            Lambda of the paper's lambda-hot labels (Section 3.2), in (0, 1].
+
+        > Inference of classifiers (for captioners these are fields of [`TDDGenerationConfig`])
+
+        num_inference_steps (`int`, *optional*):
+            Denoising steps of a classification in eval mode, 10 by default. The paper: strong at about 10, best at 20
+            (Section 4.2.1).
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance (equation 1), at least 1. The default, 1.0, is none and costs nothing. (The paper
+            uses guidance and gives no scale; on our data TDD did not gain from it, see decisions 12 and 15.)
+        guidance_schedule (`str`, *optional*):
+            s(t) of Algorithm 1: `"constant"`, the default, or a `"linear"` or `"cosine"` rise from 1 to
+            `guidance_scale` (ours).
+        sampling_strategy (`str`, *optional*):
+            The "to one" operation (appendix A.2): `"argmax"`, the default and the paper's, or `"multinomial"`.
+        num_noise_samples (`int`, *optional*):
+            Number of noise draws whose predicted probabilities a classification averages, 1 by default (ours).
+
+    Raises:
+        `ValueError` or `huggingface_hub.errors.StrictDataclassFieldValidationError`: for a value out of its range.
+            The message names the field, the value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from transformers import Dinov2Config
+    >>> from modeling_tdd import TDDConfig, TDDForImageClassification
+
+    >>> model = TDDForImageClassification(TDDConfig(num_labels=1000))  # the paper's ViT-B/16
+    >>> small = TDDForImageClassification(TDDConfig(vision_config=Dinov2Config(num_hidden_layers=4), num_labels=10))
+    ```"""
+
+    model_type = "tdd"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+    }
+
+    # Image encoder
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    pooling: str | None = "cls"
+    freeze_encoder: bool = False
+
+    # Tokens
+    vocab_size: int | None = None
+    max_position_embeddings: int = 1
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    # Denoiser
+    hidden_size: int = 768
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    layer_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = False
+
+    # Diffusion process
+    num_timesteps: int = 1000
+    noise_schedule: str | None = None
+    input_weighting: str | None = None
+
+    # Training
+    timesteps_per_image: int = 4
+    timestep_sampling: str | None = None
+    mistaken_share: float | int | None = None
+    condition_dropout: float | int = 0.1
+    label_smoothing: float | int | None = None
+    pad_loss_weight: float | int = 0.1
+
+    # Baseline and ablations of the paper
+    corruption: str = "gaussian"
+    prediction_type: str = "sample"
+    loss_weighting: str | None = None
+    one_hot_scale: float | int = 1.0
+
+    # Inference of classifiers
+    num_inference_steps: int | None = None
+    guidance_scale: float | int | None = None
+    guidance_schedule: str | None = None
+    sampling_strategy: str | None = None
+    num_noise_samples: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, value in self._task_defaults().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _task_defaults(self) -> dict[str, Any]:
+        """What `None` stands for, by task and method."""
+        one_token, masks = self.max_position_embeddings == 1, self.corruption == "mask"
+        timestep_sampling = self.timestep_sampling or ("shared" if one_token or masks else "per_token")
+        defaults = {
+            "noise_schedule": "cosine" if one_token else "projected",
+            "input_weighting": "none" if one_token or masks else "visibility",
+            "timestep_sampling": timestep_sampling,
+            "mistaken_share": 0.1 if timestep_sampling == "per_token" else 0.0,
+            "label_smoothing": 0.1 if one_token and self.prediction_type != "epsilon" else 0.0,
+            "loss_weighting": "alpha_bar" if one_token else "none",
+        }
+        if self.vocab_size is None:
+            defaults |= CLASSIFIER_INFERENCE
+            defaults["num_inference_steps"] = min(CLASSIFIER_INFERENCE["num_inference_steps"], self.num_timesteps)
+        return defaults
+
+    @property
+    def num_categories(self) -> int:
+        """`int`: K, the number of categories of a token."""
+        return self.vocab_size if self.vocab_size is not None else self.num_labels
+
+    @property
+    def noise_width(self) -> int:
+        """`int`: how many random numbers a noisy token takes: min(K, d) for Gaussian noise, see
+        [`~diffusion_tdd.noise_factor`], K where the noise itself is predicted, and 1 for masks."""
+        if self.corruption == "mask":
+            return 1
+        return self.num_categories if self.prediction_type == "epsilon" else min(self.num_categories, self.hidden_size)
+
+    def validate_architecture(self):
+        """Part of `@strict`: checks the denoiser's size whenever a configuration is made or saved."""
+        if self.vocab_size is not None:
+            check_range("vocab_size", self.vocab_size, 1)
+        check_range("num_labels", self.num_labels, 1)
+        for name in (
+            "max_position_embeddings",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
+            check_range(name, getattr(self, name), 1)
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
+            )
+        check_range("hidden_dropout_prob", self.hidden_dropout_prob, 0, 1, include_high=False)
+        check_range("attention_probs_dropout_prob", self.attention_probs_dropout_prob, 0, 1, include_high=False)
+        check_choice("pooling", self.pooling, POOLINGS)
+
+    def validate_diffusion(self):
+        """Part of `@strict`: checks the diffusion process."""
+        check_range("num_timesteps", self.num_timesteps, 1)
+        check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+        check_choice("corruption", self.corruption, CORRUPTIONS)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("input_weighting", self.input_weighting, INPUT_WEIGHTINGS)
+        if not 0 < self.one_hot_scale <= 1:
+            raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
+        if self.corruption == "gaussian" and self.num_categories < 2:
+            raise ValueError(f"`corruption='gaussian'` needs at least 2 categories, got {self.num_categories}.")
+        if self.corruption == "mask":
+            # Masks have no noise: nothing to regress, to scale, or to give each token its own amount of
+            without_masks = {
+                "prediction_type": "sample",
+                "input_weighting": "none",
+                "timestep_sampling": "shared",
+                "one_hot_scale": 1,
+            }
+            for name, value in without_masks.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"`{name}={getattr(self, name)!r}` needs `corruption='gaussian'`.")
+
+    def validate_training(self):
+        """Part of `@strict`: checks the training loss."""
+        # A label is one token: there is no regression, and no set of labels
+        check_choice("problem_type", self.problem_type, (None, "single_label_classification"))
+        check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_range("timesteps_per_image", self.timesteps_per_image, 1, self.num_timesteps)
+        check_range("mistaken_share", self.mistaken_share, 0, 1, include_high=False)
+        check_range("condition_dropout", self.condition_dropout, 0, 1)
+        check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
+        check_range("pad_loss_weight", self.pad_loss_weight, 0, 1)
+        if self.max_position_embeddings == 1:
+            if self.timestep_sampling == "per_token":
+                raise ValueError("`timestep_sampling='per_token'` needs `max_position_embeddings` above 1, got 1.")
+            if self.mistaken_share > 0:
+                raise ValueError(
+                    f"`mistaken_share={self.mistaken_share!r}` needs `max_position_embeddings` above 1, got 1."
+                )
+        if self.timestep_sampling == "per_token" and self.loss_weighting == "alpha_bar":
+            raise ValueError(
+                "`timestep_sampling='per_token'` needs `loss_weighting='none'`: it teaches tokens of pure noise, "
+                "from which every sequence starts, and `loss_weighting='alpha_bar'` gives these the weight 0."
+            )
+        if self.prediction_type == "epsilon" and self.label_smoothing > 0:
+            raise ValueError(f"`label_smoothing={self.label_smoothing!r}` needs `prediction_type='sample'`.")
+
+    def validate_inference(self):
+        """Part of `@strict`: checks a classifier's loop; a captioner's has its settings in `TDDGenerationConfig`."""
+        if self.vocab_size is None:
+            check_inference_settings(
+                self.num_timesteps, **{name: getattr(self, name) for name in CLASSIFIER_INFERENCE}
+            )
+            return
+        given = [name for name in CLASSIFIER_INFERENCE if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"With `vocab_size` the configuration is a captioner's, whose {', '.join(f'`{n}`' for n in given)} "
+                "belong in `TDDGenerationConfig` or in the call of `generate`."
+            )
+
+
+__all__ = ["TDDConfig"]

@@ -1,0 +1,602 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Captioning by denoising: `generate` and its output.
+
+A caption always has the model's N places, as in training. What is known of it beforehand is fixed: a prompt, the words
+around a gap, and padding in the places beyond the wanted length.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig
+from transformers.generation import (
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from .configuration_tdd import check_range
+from .diffusion_tdd import NoiseSchedule
+from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig
+from .sampling_tdd import (
+    ConfidenceSampler,
+    DenoisingStep,
+    KnownTokens,
+    RandomNumbers,
+    RenoiseSampler,
+    Sampler,
+    TokenChoice,
+    UnmaskingSampler,
+    denoise,
+    follows_end,
+    guidance_scales,
+)
+
+
+logger = logging.get_logger(__name__)
+
+TRAJECTORY_CANDIDATES = 5
+
+
+@dataclass
+class TDDTrajectory(ModelOutput):
+    r"""
+    What a denoising loop went through. A row that stopped early repeats its last step.
+
+    Args:
+        timesteps (`torch.LongTensor` of shape `(num_steps,)`):
+            The timestep of each step; there are fewer than `num_inference_steps` where all rows stopped early.
+        tokens (`torch.LongTensor` of shape `(num_sequences, num_steps, length)`):
+            The draft at each step, with whatever stands behind its end.
+        log_probs (`torch.FloatTensor` of the same shape): Log-probability of each of its tokens.
+        candidates (`torch.LongTensor` of shape `(num_sequences, num_steps, length, 5)`):
+            The likeliest tokens of each place, best first; fewer than 5 where the vocabulary has fewer.
+        candidate_log_probs (`torch.FloatTensor` of the same shape): Their log-probabilities.
+    """
+
+    timesteps: torch.LongTensor | None = None
+    tokens: torch.LongTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    candidates: torch.LongTensor | None = None
+    candidate_log_probs: torch.FloatTensor | None = None
+
+
+@dataclass
+class TDDGenerationOutput(ModelOutput):
+    r"""
+    Output of [`~TDDGenerationMixin.generate`] with `return_dict_in_generate=True`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`):
+            Captions: the prompt where one was given, tokens, the end token, padding.
+        log_probs (`torch.FloatTensor` of the same shape):
+            Log-probability of each token at the row's last step, given the draft before. 0 for padding after the end.
+        num_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`):
+            Denoising steps that each row took.
+        trajectory ([`TDDTrajectory`], *optional*, with `output_trajectory=True`):
+            The steps.
+    """
+
+    sequences: torch.LongTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    num_steps: torch.LongTensor | None = None
+    trajectory: TDDTrajectory | None = None
+
+
+class TDDGenerationMixin:
+    """`generate` for models that denoise tokens together. It stands beside `PreTrainedModel`."""
+
+    generation_config_class = TDDGenerationConfig
+    output_modalities = ("text",)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generator: torch.Generator | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Tensor | TDDGenerationOutput:
+        r"""
+        Captions images by the argmax-and-re-noise loop of Section 3.2:
+        ```
+        1. Check the settings, and encode the images into the prefix, once
+        2. Fix the tokens of prompt and infilling, and padding beyond the wanted length
+        3. Denoise (see [`~sampling_tdd.denoise`]), and after each step send a draft to the streamer
+        4. With several captions per image, and no draws: denoise again around the likeliest alternatives
+        5. Pad what follows a caption's end
+        ```
+        A row's caption depends neither on the other rows nor on global random state.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images.
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
+                A prompt: the caption's fixed beginning.
+            attention_mask (`torch.Tensor` of the same shape, *optional*):
+                1 for the prompt's tokens, 0 for padding, on either side.
+            image_features (`torch.FloatTensor`, *optional*):
+                In place of `pixel_values`: features of shape `(batch_size, prefix_length, encoder_hidden_size)`.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+                Infilling: tokens, of which those with a 1 in `decoder_attention_mask` stay as they are.
+            decoder_attention_mask (`torch.Tensor` of the same shape, *optional*):
+                1 for fixed tokens, 0 for places to fill. A caption does not end before its last fixed token.
+            generation_config ([`TDDGenerationConfig`] or `GenerationConfig`, *optional*):
+                Parameters; the model's own by default. Of a plain `GenerationConfig` those that apply are taken.
+            logits_processor (`LogitsProcessorList`, *optional*):
+                Processors of Transformers. Each place is processed given the tokens before it at the same step.
+            generator (`torch.Generator`, *optional*):
+                Source of the noise, in place of `seed`. A CPU generator serves a model on any device.
+            streamer (`BaseStreamer`, *optional*):
+                Receives through `put` the prompt and, at the end, the tokens behind it; and each step's draft of these
+                through `put_draft`, where it has that.
+            kwargs:
+                Parameters of [`TDDGenerationConfig`], which take precedence.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, an image's captions in
+            succession, or [`TDDGenerationOutput`] with `return_dict_in_generate=True`.
+
+        Raises:
+            `ValueError`: for parameters or token ids out of range, or a prompt or infilling that does not fit.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, return_tensors="pt")
+        >>> processor.batch_decode(model.generate(**inputs, num_inference_steps=20), skip_special_tokens=True)
+        ```"""
+        # 1. Check and encode
+        config = self._prepare_generation_config(generation_config, kwargs)
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        # 2. Fix tokens
+        fixed = self._prepare_fixed_tokens(
+            config, len(prefix), input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+        ).to(prefix.device)
+        output = TokenStreamer(streamer, fixed, config)
+        # 3. Denoise
+        images = pixel_values if pixel_values is not None else image_features
+        captions = config.num_return_sequences if config.do_sample else 1
+        loop = (config, prefix, images, logits_processor, generator)
+        recorder = self._denoise(*loop, fixed.repeat(captions), output)
+        # 4. Alternatives
+        if captions < config.num_return_sequences:
+            alternatives = likeliest_alternatives(
+                recorder.first_log_probs, recorder.tokens, fixed, config.num_return_sequences - 1, config
+            )
+            recorder = recorder.join(self._denoise(*loop, alternatives), len(prefix))
+        # 5. Pad
+        tokens = recorder.tokens[:, : fixed.length]
+        sequences = pad_after_end(tokens, config)
+        output.end(sequences)
+        if not config.return_dict_in_generate:
+            return sequences
+        return TDDGenerationOutput(
+            sequences=sequences,
+            log_probs=recorder.log_probs[:, : fixed.length].masked_fill(follows_end(tokens, end_tokens(config)), 0.0),
+            num_steps=recorder.num_steps,
+            trajectory=recorder.trajectory(fixed.length) if config.output_trajectory else None,
+        )
+
+    def _denoise(
+        self,
+        config: TDDGenerationConfig,
+        prefix: Tensor,
+        images: Tensor,
+        logits_processor: LogitsProcessorList | None,
+        generator: torch.Generator | None,
+        fixed: "FixedTokens",
+        output: "TokenStreamer | None" = None,
+    ) -> "StepRecorder":
+        """One denoising loop around fixed tokens, which has one or several successive rows for each image."""
+        numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
+        recorder = StepRecorder(config.output_trajectory, keep_first=config.num_return_sequences > 1)
+        for step in denoise(
+            self.make_network(prefix),
+            self._make_sampler(config, numbers, fixed.known),
+            numbers,
+            guidance_scales(config.guidance_schedule, config.guidance_scale, config.num_inference_steps),
+            sampling_strategy="multinomial" if config.do_sample else "argmax",
+            process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
+            stability_threshold=config.stability_threshold,
+        ):
+            recorder.record(step)
+            if output is not None:
+                output.put_draft(recorder.tokens)
+        return recorder
+
+    def _random_numbers(
+        self,
+        config: TDDGenerationConfig,
+        images: Tensor,
+        num_samples: int,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> RandomNumbers:
+        """The numbers of one generator for all images or, to draw tokens, of one for each image."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(config.seed)
+        generators = [generator]
+        if config.do_sample:
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+            generators = [torch.Generator().manual_seed(seed ^ number) for number in image_checksums(images)]
+        shape = (len(images), num_samples, self.config.max_position_embeddings)
+        return RandomNumbers(generators, *shape, self.config.noise_width, device)
+
+    def _make_sampler(self, config: TDDGenerationConfig, numbers: RandomNumbers, known: KnownTokens) -> Sampler:
+        if self.config.corruption == "mask":
+            visible_share = NoiseSchedule.from_config(self.config).alpha_bar.tolist()
+            return UnmaskingSampler(visible_share, self.config.num_categories, known, end_tokens(config))
+        if config.sampler == "confidence":
+            return ConfidenceSampler(self.config.num_timesteps, numbers, known, end_tokens(config))
+        return RenoiseSampler(self.config.num_timesteps, numbers, known)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> TDDGenerationConfig:
+        """Arguments of the call over `generation_config` over the model's special tokens and the defaults."""
+        given = self.generation_config if generation_config is None else generation_config
+        parameters = {name: getattr(given, name, None) for name in TDDGenerationConfig._DEFAULTS}
+        # An argmax has no use for the parameters of draws, which only the call itself may not give
+        if not kwargs.get("do_sample", parameters["do_sample"]):
+            for name in SAMPLING_PARAMETERS:
+                parameters.pop(name)
+        config = TDDGenerationConfig(**{**parameters, **kwargs})
+        check_range("num_inference_steps", config.num_inference_steps, 1, self.config.num_timesteps)
+        for name in ("pad_token_id", "eos_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(self.config, name))
+        if self.config.corruption == "mask":
+            if config.sampler is not None:
+                raise ValueError(f"`sampler={config.sampler!r}` needs Gaussian noise, and this model has masks (MDD).")
+        elif config.sampler is None:
+            config.sampler = "confidence" if self.config.timestep_sampling == "per_token" else "renoise"
+        return config
+
+    def _prepare_fixed_tokens(
+        self,
+        config: TDDGenerationConfig,
+        batch_size: int,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+    ) -> "FixedTokens":
+        """Checks prompt or infilling, and fixes padding behind the last place that each row may fill."""
+        places = self.config.max_position_embeddings
+        max_length = places if config.max_length is None else min(config.max_length, places)
+        if input_ids is not None and decoder_input_ids is not None:
+            raise ValueError("Give a prompt (`input_ids`) or an infilling (`decoder_input_ids`), not both.")
+        if decoder_input_ids is not None:
+            tokens, mask, given_length = infilling_tokens(decoder_input_ids, decoder_attention_mask)
+        elif input_ids is not None:
+            tokens, mask, given_length = prompt_tokens(input_ids, attention_mask)
+        else:
+            tokens = torch.zeros(batch_size, 0, dtype=torch.long)
+            mask, given_length = tokens.bool(), torch.zeros(batch_size, dtype=torch.long)
+        if len(tokens) != batch_size:
+            raise ValueError(f"There are {batch_size} images and {len(tokens)} rows of tokens.")
+        if tokens.shape[1] > max_length:
+            raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {max_length} places of a caption.")
+        given = tokens[mask]
+        if ((given < 0) | (given >= self.config.vocab_size)).any():
+            raise ValueError(f"Given token ids must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
+        row_length = (given_length + (config.max_new_tokens or places)).clamp(max=max_length)
+        missing = (0, places - tokens.shape[1])
+        beyond = torch.arange(places, device=mask.device) >= row_length[:, None]
+        return FixedTokens(
+            tokens=nn.functional.pad(tokens, missing, value=config.pad_token_id),
+            mask=nn.functional.pad(mask, missing, value=False) | beyond,
+            pad_token_id=config.pad_token_id,
+            prompt_length=0 if input_ids is None else int(given_length.min()),
+            length=int(row_length.max()),
+        )
+
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by `from_pretrained`: loads the checkpoint's generation_config.json."""
+        kwargs.pop("trust_remote_code", None)
+        # Changes of the model's configuration come here too, `from_pretrained(..., timesteps_per_image=8)`.
+        allowed = self.generation_config_class._DEFAULTS
+        kwargs = {name: value for name, value in kwargs.items() if name in allowed or not hasattr(self.config, name)}
+        if generation_config is not None:
+            self.generation_config = self._prepare_generation_config(generation_config, {})
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **kwargs,
+                )
+            except OSError:
+                logger.info("No generation_config.json: the default generation parameters are used.")
+
+
+def end_tokens(config: GenerationConfig | PreTrainedConfig) -> tuple[int, int]:
+    """The tokens behind which a caption is padding: its end, and padding itself."""
+    return config.eos_token_id, config.pad_token_id
+
+
+def pad_after_end(tokens: Tensor, config: GenerationConfig | PreTrainedConfig) -> Tensor:
+    """Replaces by padding what stands behind the end."""
+    return tokens.masked_fill(follows_end(tokens, end_tokens(config)), config.pad_token_id)
+
+
+def image_checksums(images: Tensor) -> list[int]:
+    r"""
+    A 62-bit number for each image that depends on all its values, and on no other image: integer arithmetic, so it is
+    the same in any batch and on any device.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, ...)`): Pixels or features, of any floating-point dtype.
+    """
+    bits = images.detach().float().flatten(1).contiguous().view(torch.int32).long()
+    # Odd multipliers without a pattern, from the place alone: Weyl's sequence, mixed as in SplitMix64
+    multipliers = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x1E3779B97F4A7C15
+    multipliers = ((multipliers ^ (multipliers >> 30)) * 0x3F58476D1CE4E5B9) | 1
+    return ((bits * multipliers).sum(1) & (2**62 - 1)).tolist()
+
+
+def infilling_tokens(
+    decoder_input_ids: Tensor, decoder_attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the mask of those that are fixed, and the number of each row's places."""
+    if decoder_attention_mask is None or decoder_attention_mask.shape != decoder_input_ids.shape:
+        raise ValueError("`decoder_input_ids` needs a `decoder_attention_mask` of its shape, 1 for fixed tokens.")
+    rows, length = decoder_input_ids.shape
+    return (
+        decoder_input_ids.long(),
+        decoder_attention_mask.bool(),
+        torch.full((rows,), length, device=decoder_input_ids.device),
+    )
+
+
+def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As [`infilling_tokens`], of prompts, whose padding may be on either side."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    # Padding on the left moves to the right: a prompt begins at the first place.
+    order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
+    tokens, mask = input_ids.long().gather(1, order), mask.bool().gather(1, order)
+    length = mask.sum(dim=1)
+    return tokens[:, : length.max()], mask[:, : length.max()], length
+
+
+@dataclass
+class FixedTokens:
+    """
+    What is known of captions beforehand.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(rows, N)`): Tokens.
+        mask (`torch.BoolTensor` of the same shape): Where they are fixed.
+        pad_token_id (`int`): The token of padding.
+        prompt_length (`int`): Tokens that every row's prompt has.
+        length (`int`): Places of the longest row.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pad_token_id: int
+    prompt_length: int
+    length: int
+
+    @property
+    def known(self) -> KnownTokens:
+        """What the sampler must know."""
+        return KnownTokens(self.tokens, self.mask)
+
+    @property
+    def before_content(self) -> Tensor:
+        """Places before a fixed token that is not padding: no caption may end there. Bool of shape (rows, N)."""
+        is_content = self.mask & (self.tokens != self.pad_token_id)
+        # Counted from the right, without the place's own
+        return is_content.flip(1).cumsum(1).flip(1) - is_content.long() > 0
+
+    def to(self, device: torch.device) -> "FixedTokens":
+        """The same on a device."""
+        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
+
+    def repeat(self, repeats: int) -> "FixedTokens":
+        """Each row `repeats` times in succession."""
+        tokens, mask = (tensor.repeat_interleave(repeats, dim=0) for tensor in (self.tokens, self.mask))
+        return replace(self, tokens=tokens, mask=mask)
+
+
+def likeliest_alternatives(
+    log_probs: Tensor, captions: Tensor, fixed: FixedTokens, number: int, config: TDDGenerationConfig
+) -> FixedTokens:
+    r"""
+    What to fix so that denoising again gives other captions of the same images, each different from all others.
+
+    Of all tokens at all free places that the captions do not have there, the likeliest by the image alone are taken,
+    measured against the caption's own token. Each alternative fixes one of them. Where it changes another place than
+    an earlier alternative did, it also fixes the caption's own token at that one's place, so that the two differ.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(rows, N, K)`): Of the first step, which sees no token.
+        captions (`torch.LongTensor` of shape `(rows, N)`): The captions.
+        fixed ([`FixedTokens`]): What was known before.
+        number (`int`): How many alternatives of each caption.
+        config ([`TDDGenerationConfig`]): For the special tokens.
+
+    Returns:
+        [`FixedTokens`]: of `rows * number` rows, those of a caption in succession.
+
+    Raises:
+        `ValueError`: if a caption has fewer alternatives.
+    """
+    num_places, num_tokens = log_probs.shape[1:]
+    # 1. How much less likely a token is than the caption's own
+    advantage = log_probs - log_probs.gather(-1, captions[..., None])
+    advantage.scatter_(-1, captions[..., None], float("-inf"))
+    advantage[..., config.pad_token_id] = float("-inf")  # a caption that pads here reads as one that ends here
+    is_closed = fixed.mask | follows_end(captions, end_tokens(config))
+    advantage = advantage.masked_fill(is_closed[..., None], float("-inf"))
+    best = advantage.flatten(1).topk(min(number, num_places * num_tokens), dim=-1)
+    if len(best.values[0]) < number or best.values.isneginf().any():
+        raise ValueError(f"`num_return_sequences` is {number + 1}, but some image has fewer captions than that.")
+    places, tokens = best.indices // num_tokens, best.indices % num_tokens
+    # 2. Fix it, and the caption's own tokens where earlier alternatives have another
+    row = torch.arange(len(captions), device=captions.device)
+    known = [(fixed.tokens.clone(), fixed.mask.clone()) for _ in range(number)]
+    for index, (known_tokens, known_mask) in enumerate(known):
+        ends_here = tokens[:, index] == config.eos_token_id
+        for earlier in range(index):
+            place = places[:, earlier]
+            # What stands behind an end is no longer part of the caption
+            matters = (place != places[:, index]) & ~(ends_here & (place > places[:, index]))
+            known_tokens[row, place] = torch.where(matters, captions[row, place], known_tokens[row, place])
+            known_mask[row, place] |= matters
+        known_tokens[row, places[:, index]] = tokens[:, index]
+        known_mask[row, places[:, index]] = True
+    all_tokens, all_masks = (torch.stack(kind, dim=1).flatten(0, 1) for kind in zip(*known))
+    return replace(fixed, tokens=all_tokens, mask=all_masks)
+
+
+class TokenStreamer:
+    """Sends the prompt, each step's draft and the captions to a streamer, where there is one."""
+
+    def __init__(self, streamer: BaseStreamer | None, fixed: FixedTokens, config: TDDGenerationConfig):
+        self.streamer, self.fixed, self.config = streamer, fixed, config
+        if streamer is not None:
+            streamer.put(fixed.tokens[:, : fixed.prompt_length].cpu())
+
+    def put_draft(self, tokens: Tensor) -> None:
+        """Sends the tokens of all places behind the prompt, to a streamer that takes drafts."""
+        if hasattr(self.streamer, "put_draft"):
+            draft = pad_after_end(tokens[:, : self.fixed.length], self.config)
+            self.streamer.put_draft(draft[:, self.fixed.prompt_length :].cpu())
+
+    def end(self, sequences: Tensor) -> None:
+        """Sends the captions behind the prompt."""
+        if self.streamer is not None:
+            self.streamer.put(sequences[:, self.fixed.prompt_length :].cpu())
+            self.streamer.end()
+
+
+class TokenLogitsProcessor:
+    """Applies Transformers' logits processors, made for the next token alone, to the places of a draft."""
+
+    def __init__(self, config: TDDGenerationConfig, logits_processor: LogitsProcessorList | None, fixed: FixedTokens):
+        self.end_tokens = [config.pad_token_id, config.eos_token_id]
+        before_content = fixed.before_content
+        self.before_content = before_content if before_content.any() else None
+        self.processors = LogitsProcessorList(logits_processor or [])
+        if config.bad_words_ids is not None:
+            self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
+        self.penalties = LogitsProcessorList()
+        if config.repetition_penalty != 1.0:
+            self.penalties.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+        self.warpers = LogitsProcessorList()
+        if config.do_sample and config.temperature is not None:
+            self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.do_sample and config.top_k is not None:
+            self.warpers.append(TopKLogitsWarper(config.top_k))
+        if config.do_sample and config.top_p is not None:
+            self.warpers.append(TopPLogitsWarper(float(config.top_p)))
+
+    def __call__(self, logits: Tensor, rows: Tensor, choose: TokenChoice) -> Tensor:
+        """From logits of shape (rows, N, K) to others; `choose` makes tokens of them."""
+        if self.before_content is not None:
+            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            is_end[self.end_tokens] = True
+            logits = logits.masked_fill(self.before_content[rows][..., None] & is_end, float("-inf"))
+        if not self.processors and not self.penalties:
+            return self.warpers(None, logits.flatten(0, 1)).view(logits.shape)
+        before = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
+        has_ended = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
+        processed = []
+        for place in range(logits.shape[1]):
+            # Behind the end too: a later step may move the end, and what is unmasked (MDD) stays
+            place_logits = self.processors(before, logits[:, place])
+            # Behind the end stands padding, which is no repetition
+            place_logits = torch.where(has_ended, place_logits, self.penalties(before, place_logits))
+            processed.append(self.warpers(before, place_logits))
+            token = choose(processed[-1], place)[:, None]
+            before = torch.cat([before, token], dim=1)
+            has_ended = has_ended | (token == self.end_tokens[0]) | (token == self.end_tokens[1])
+        return torch.stack(processed, dim=1)
+
+
+class StepRecorder:
+    """The latest tokens and log-probabilities of every row. On demand also those of all steps, and the
+    log-probabilities of all K categories in the first step."""
+
+    def __init__(self, keep_trajectory: bool, keep_first: bool = False):
+        self.keep_trajectory, self.keep_first = keep_trajectory, keep_first
+        self.timesteps: list[int] = []
+        self.history: list[tuple[Tensor, ...]] = []
+
+    def record(self, step: DenoisingStep) -> None:
+        """Takes a step; rows that have left the loop keep what they have. The first step is every row's."""
+        latest = list(step.prediction)
+        if self.keep_first and not self.timesteps:
+            self.first_log_probs = step.logits.log_softmax(-1)
+        if self.keep_trajectory:
+            log_probs = step.logits.log_softmax(-1)
+            best = log_probs.topk(min(TRAJECTORY_CANDIDATES, log_probs.shape[-1]), dim=-1)
+            latest += [best.indices, best.values]
+        if not self.timesteps:
+            self.num_steps = torch.zeros_like(step.rows)
+            self.latest = tuple(torch.empty_like(tensor) for tensor in latest)
+        for kept, tensor in zip(self.latest, latest):
+            kept[step.rows] = tensor
+        self.num_steps[step.rows] += 1
+        self.timesteps.append(step.timestep)
+        if self.keep_trajectory:
+            self.history.append(tuple(tensor.clone() for tensor in self.latest))
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.latest[0]
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.latest[1]
+
+    def join(self, other: "StepRecorder", num_images: int) -> "StepRecorder":
+        """What this and another loop recorded of the same images, this one's rows of an image first."""
+
+        def join_rows(one: Tensor, two: Tensor) -> Tensor:
+            pair = (tensor.unflatten(0, (num_images, -1)) for tensor in (one, two))
+            return torch.cat(list(pair), dim=1).flatten(0, 1)
+
+        joined = StepRecorder(self.keep_trajectory)
+        joined.timesteps = max(self.timesteps, other.timesteps, key=len)
+        joined.num_steps = join_rows(self.num_steps, other.num_steps)
+        joined.latest = tuple(join_rows(*pair) for pair in zip(self.latest, other.latest))
+        # A loop that ended earlier repeats its last step
+        steps = range(len(joined.timesteps)) if self.keep_trajectory else ()
+        for step in steps:
+            histories = (loop.history[min(step, len(loop.history) - 1)] for loop in (self, other))
+            joined.history.append(tuple(join_rows(*pair) for pair in zip(*histories)))
+        return joined
+
+    def trajectory(self, length: int) -> TDDTrajectory:
+        """All steps of the first `length` places."""
+        steps = (torch.stack(kept, dim=1)[:, :, :length] for kept in zip(*self.history))
+        return TDDTrajectory(torch.tensor(self.timesteps), *steps)
+
+
+__all__ = ["TDDGenerationMixin", "TDDGenerationOutput", "TDDTrajectory"]

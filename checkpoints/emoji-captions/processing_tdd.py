@@ -1,0 +1,260 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
+
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import BatchFeature, CLIPImageProcessor, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.utils import logging
+
+from .images_tdd import list_images, open_image
+
+
+logger = logging.get_logger(__name__)
+
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+
+
+def saveable_image_processor(image_processor: Any) -> Any:
+    r"""
+    The image processor that a model of TDD is saved with. That of a timm repository, [`TimmWrapperImageProcessor`],
+    cannot be saved beside another model: a [`CLIPImageProcessor`] with the same settings takes its place, whose crop
+    may lie one pixel further up and left. Any other one is returned as it is.
+
+    Raises:
+        `ValueError`: for a transform of timm that does something else than scale, crop the centre and normalise.
+
+    Example:
+
+    ```python
+    >>> image_processor = saveable_image_processor(AutoImageProcessor.from_pretrained("timm/resnet18.a1_in1k"))
+    >>> image_processor.save_pretrained(folder)  # of a classifier
+    ```"""
+    if not hasattr(image_processor, "val_transforms"):
+        return image_processor
+    settings = image_processor.data_config
+    channels, height, width = settings["input_size"]
+    scaled = [math.floor(side / settings["crop_pct"]) for side in (height, width)]
+    mode, interpolation = settings["crop_mode"], settings["interpolation"]
+    is_plain = mode == "squash" or (mode == "center" and height == width)
+    if channels != 3 or not is_plain or interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            "An image processor of timm must make RGB images, by `crop_mode='squash'` or, for square ones, 'center', "
+            f"got `crop_mode={mode!r}`, `interpolation={interpolation!r}`, images of {channels} x {height} x {width}."
+        )
+    return CLIPImageProcessor(
+        size={"shortest_edge": scaled[0]} if mode == "center" else {"height": scaled[0], "width": scaled[1]},
+        crop_size={"height": height, "width": width},
+        resample=INTERPOLATIONS[interpolation],
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+    )
+
+
+class TDDProcessor(ProcessorMixin):
+    r"""
+    Any image processor with any tokenizer that has a padding and an end token.
+
+    The longest caption is the tokenizer's `model_max_length`: set it to the model's `max_position_embeddings`.
+
+    Args:
+        image_processor (`BaseImageProcessor`): The encoder's image processor. That of a timm repository is replaced as
+            in [`saveable_image_processor`].
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Infilling needs its mask token.
+        chat_template (`str`, *optional*): A Jinja template, to use the model with chats.
+
+    Raises:
+        `ValueError`: if the tokenizer has no padding or no end token.
+
+    Example:
+
+    ```python
+    >>> processor = TDDProcessor(ViTImageProcessor(), tokenizer)
+    >>> batch = processor(images=images, captions=captions, return_tensors="pt")  # to train
+    >>> inputs = processor(images=image, return_tensors="pt")  # to caption
+    >>> inputs = processor(images=image, text="a photo of", return_tensors="pt")  # ... from a fixed beginning
+    >>> inputs = processor(images=image, infill="a [MASK] on a [MASK]", return_tensors="pt")  # ... around gaps
+    >>> captions = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+    ```"""
+
+    text_kwargs = {"add_special_tokens": False, "padding": True, "return_token_type_ids": False}
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
+        image_processor = saveable_image_processor(image_processor)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer needs a padding and an end token, got {tokenizer.pad_token!r} and "
+                f"{tokenizer.eos_token!r}. Set them, such as `tokenizer.eos_token = tokenizer.sep_token`."
+            )
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+    def __call__(
+        self,
+        images: ImageInput | str | Path | bytes | list[str] | list[Path] | list[bytes] | None = None,
+        text: str | list[str] | None = None,
+        captions: str | list[str] | None = None,
+        infill: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (*optional*):
+                What [`~images_tdd.open_image`] takes, a list of it, or an array of several images. With
+                `do_rescale=False` arrays go to the image processor as they are.
+            text (`str` or `list[str]`, *optional*):
+                The fixed beginnings of the captions. One string serves all images; an empty string is no prompt.
+                White space around this and other texts is removed. A word that the tokenizer does not know is named
+                in a warning.
+            captions (`str` or `list[str]`, *optional*):
+                Captions to learn.
+            infill (`str` or `list[str]`, *optional*):
+                Captions with gaps: each mask token stands for one token to fill, and everything else stays. One string
+                serves all images.
+            kwargs:
+                `return_tensors`, and arguments of the image processor and the tokenizer.
+
+        Returns:
+            [`BatchFeature`]: of
+            - `pixel_values`, with `images`;
+            - `input_ids` and `attention_mask`, with `text`; an empty prompt is one token of padding;
+            - `labels`, with `captions`: their tokens and the end token, padded;
+            - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`.
+
+        Raises:
+            `TypeError`: for an image of another kind.
+            `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, different numbers of
+                images and texts, an unknown argument, or no input at all.
+        """
+        self._check_names(kwargs)
+        if images is None and text is None and captions is None and infill is None:
+            raise ValueError("Give at least one of `images`, `text`, `captions` and `infill`.")
+        if text is not None and infill is not None:
+            raise ValueError("Give a prompt (`text`) or an infilling (`infill`), not both.")
+        kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = kwargs["text_kwargs"].pop("return_tensors", None)
+        data: dict[str, Any] = {}
+        num_images = None
+        if images is not None:
+            kwargs["images_kwargs"].pop("return_tensors", None)
+            images = self._read_images(images, kwargs["images_kwargs"])
+            data.update(self.image_processor(images, return_tensors="np", **kwargs["images_kwargs"]))
+            num_images = len(data["pixel_values"])
+        if text is not None:
+            data.update(self._encode_prompts(self._to_list("text", text, num_images), kwargs["text_kwargs"]))
+        if infill is not None:
+            data.update(self._encode_infilling(self._to_list("infill", infill, num_images)))
+        if captions is not None:
+            data["labels"] = self._encode_captions(self._to_list("captions", captions, num_images))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def argument_names(self) -> set[str]:
+        """`set[str]`: the names of what a call takes beside images and texts."""
+        names = set(ProcessingKwargs.__annotations__) | {"common_kwargs", "return_tensors"}
+        for group in ("text_kwargs", "images_kwargs"):
+            names |= set(ProcessingKwargs.__annotations__[group].__annotations__)
+        return names | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
+
+    def _check_names(self, kwargs: dict[str, Any]) -> None:
+        """Transformers ignores an unknown argument with a warning."""
+        for name, value in kwargs.items():
+            if name not in self.argument_names and not (name in ("audio", "videos") and value is None):
+                nearest = get_close_matches(name, self.argument_names, 1)
+                hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+                raise ValueError(f"`{name}` is no argument of the processor, image processor or tokenizer.{hint}")
+
+    @staticmethod
+    def _read_images(images: Any, images_kwargs: dict[str, Any]) -> list[Any]:
+        """Images as RGB. Arrays that need no rescaling are not ours to scale."""
+        layout = images_kwargs.get("input_data_format")
+        is_scaled = images_kwargs.get("do_rescale") is False
+        return [
+            image
+            if is_scaled and isinstance(image, (np.ndarray, Tensor))
+            else open_image(image, input_data_format=layout, index=index)
+            for index, image in enumerate(list_images(images))
+        ]
+
+    @staticmethod
+    def _to_list(name: str, texts: Any, num_images: int | None) -> list[str]:
+        if isinstance(texts, str):
+            texts = [texts] * (num_images if num_images is not None and name != "captions" else 1)
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"`{name}` must be a string or a list of strings, got {texts!r}.")
+        if num_images is not None and len(texts) != num_images:
+            raise ValueError(f"There are {num_images} images and {len(texts)} of `{name}`.")
+        return [text.strip() for text in texts]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of each text, without special ones, and without the tokenizer's own warning of long texts."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _check_words(self, text: str) -> str:
+        """Names the words of a text that the tokenizer does not know. To some tokenizers a punctuation mark is unknown
+        only where a space is before it; it loses the space."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self._encode([text])[0]:
+            return text
+        checked = ""
+        for word in text.split():
+            spaced, joined = f"{checked} {word}".strip(), checked + word
+            counts = [tokens.count(unknown) for tokens in self._encode([checked, spaced, joined])]
+            if counts[1] > counts[0]:
+                if checked and counts[2] == counts[0] and not word[0].isalnum():
+                    spaced = joined
+                else:
+                    logger.warning_once(f"The tokenizer does not know {word!r}: the model does not see it.")
+            checked = spaced
+        return checked
+
+    def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
+        prompts = [self._check_words(prompt) for prompt in prompts]
+        encoded = self.tokenizer(prompts, **text_kwargs)
+        if not any(prompts):
+            # Transformers' pipelines collate `input_ids`: a column of padding that nothing attends to.
+            columns = {"input_ids": [[self.tokenizer.pad_token_id]], "attention_mask": [[0]]}
+            return {name: column * len(prompts) for name, column in columns.items()}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def _encode_captions(self, captions: list[str]) -> list[list[int]]:
+        rows = self._encode(captions)
+        empty = [index for index, row in enumerate(rows) if not row]
+        if empty:
+            raise ValueError(f"Empty captions: {empty} of {len(captions)}. Leave these examples out.")
+        room = self.tokenizer.model_max_length - 1  # for the end token
+        if max(map(len, rows)) > room:
+            logger.warning_once(
+                f"Captions longer than {room} tokens and an end are truncated (`tokenizer.model_max_length`). "
+                "This warning is shown once."
+            )
+        return self._pad([[*row[:room], self.tokenizer.eos_token_id] for row in rows])
+
+    def _encode_infilling(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        mask_token = self.tokenizer.mask_token_id
+        if mask_token is None:
+            raise ValueError("Infilling needs a tokenizer with a mask token: set `tokenizer.mask_token`.")
+        rows = self._encode([self._check_words(text) for text in texts])
+        for text, row in zip(texts, rows):
+            if mask_token not in row:
+                raise ValueError(f"Nothing to fill: {text!r} has no {self.tokenizer.mask_token}.")
+        # The end is fixed, and so is the padding behind it: the caption has the words around the gaps and no others.
+        rows = self._pad([[*row, self.tokenizer.eos_token_id] for row in rows])
+        fixed = [[int(token != mask_token) for token in row] for row in rows]
+        return {"decoder_input_ids": rows, "decoder_attention_mask": fixed}
+
+    def _pad(self, rows: list[list[int]]) -> list[list[int]]:
+        length = max(map(len, rows))
+        return [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+
+
+__all__ = ["TDDProcessor", "saveable_image_processor"]
