@@ -1,22 +1,19 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """TDD model configuration."""
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+from .settings_tdd import SETTINGS, check, check_names, integer, read_object
 
 
-NOISE_SCHEDULES = ("linear", "cosine", "calibrated", "projected")
-CORRUPTIONS = ("gaussian", "mask")
-PREDICTION_TYPES = ("sample", "epsilon")
-LOSS_WEIGHTINGS = ("alpha_bar", "none")
-INPUT_WEIGHTINGS = ("none", "visibility")
-TIMESTEP_SAMPLINGS = ("shared", "per_token")
-POOLINGS = ("cls", "mean", None)
-GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
-SAMPLING_STRATEGIES = ("argmax", "multinomial")
+logger = logging.get_logger(__name__)
+
 # How a classifier denoises unless it is told otherwise
 CLASSIFIER_INFERENCE = {
     "num_inference_steps": 10,
@@ -25,39 +22,37 @@ CLASSIFIER_INFERENCE = {
     "sampling_strategy": "argmax",
     "num_noise_samples": 1,
 }
+# What Transformers and its Trainer write into any configuration, besides the fields of `PreTrainedConfig`
+OF_TRANSFORMERS = (
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "quantization_config",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_weights",
+    "use_cache",
+)
+# Sizes that most image encoders have
+ENCODER_SIZES = (
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+)
 
 
-def check_choice(name: str, value: Any, allowed: tuple) -> None:
-    """Raises a `ValueError` that names the argument, what was given and what is allowed."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+def check_steps(num_timesteps: int, num_inference_steps: int) -> int:
+    """The number of denoising steps, of which there are at most T."""
+    return check("num_inference_steps", num_inference_steps, integer(1, num_timesteps))
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf"), include_high: bool = True) -> None:
-    """Raises a `ValueError` unless `low <= value <= high` (`< high` without `include_high`)."""
-    inside = low <= value and (value <= high if include_high else value < high)
-    if not inside:
-        allowed = f"at least {low}" if high == float("inf") else f"in [{low}, {high}{']' if include_high else ')'}"
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
-
-
-def check_inference_settings(
-    num_timesteps: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    guidance_schedule: str,
-    sampling_strategy: str,
-    num_noise_samples: int,
-) -> None:
-    """The one place that checks the settings of a denoising loop; raises a `ValueError` that names the wrong one."""
-    check_range("num_inference_steps", num_inference_steps, 1, num_timesteps)
-    check_range("guidance_scale", guidance_scale, 1)
-    check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
-    check_choice("sampling_strategy", sampling_strategy, SAMPLING_STRATEGIES)
-    check_range("num_noise_samples", num_noise_samples, 1)
-
-
-@strict
 class TDDConfig(PreTrainedConfig):
     r"""
     Configuration of [`TDDModel`], [`TDDForImageClassification`] and [`TDDForCaptioning`]: in-situ Tweedie Discrete
@@ -163,7 +158,7 @@ class TDDConfig(PreTrainedConfig):
             The default is the paper's: `"alpha_bar"` for one token (Section 3.2), `"none"` for sequences
             (Section 3.4).
         one_hot_scale (`float`, *optional*, defaults to 1.0):
-            Lambda of the paper's lambda-hot labels (Section 3.2), in (0, 1].
+            Lambda of the paper's lambda-hot labels (Section 3.2), in [0.001, 1].
 
         > Inference of classifiers (for captioners these are fields of [`TDDGenerationConfig`])
 
@@ -182,8 +177,8 @@ class TDDConfig(PreTrainedConfig):
             Number of noise draws whose predicted probabilities a classification averages, 1 by default (ours).
 
     Raises:
-        `ValueError` or `huggingface_hub.errors.StrictDataclassFieldValidationError`: for a value out of its range.
-            The message names the field, the value and what is allowed.
+        `ValueError`: for an unknown field, or a value of a wrong type or out of its range. The message names the
+            field, the value and what is allowed.
 
     Example:
 
@@ -250,10 +245,55 @@ class TDDConfig(PreTrainedConfig):
     num_noise_samples: int | None = None
 
     def __post_init__(self, **kwargs):
+        # Here, since Transformers drops some names without a word
+        check_names(kwargs, self._known_names(), "`TDDConfig`")
+        if kwargs.get("num_labels") is not None:
+            check("num_labels", kwargs["num_labels"])
+        if isinstance(self.vision_config, dict):
+            try:
+                self.vision_config, _ = self.sub_configs_defaults["vision_config"].create_subconfig(
+                    "vision_config", self.vision_config
+                )
+            except Exception as error:  # configurations of encoders refuse values in many ways
+                raise ValueError(f"`vision_config` is refused by its own class: {error}") from error
         super().__post_init__(**kwargs)
         for name, value in self._task_defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks a field whenever it is set: when a configuration is made, loaded or changed."""
+        is_default = value is None and getattr(type(self), name, None) is None
+        if name in SETTINGS and not is_default:
+            value = check(name, value)
+        else:  # tools set names of their own, which are not saved
+            check_names([name], self._known_names(), "`TDDConfig`", cutoff=0.9)
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # a field of `PreTrainedConfig`
+            raise ValueError(f"`{name}` is refused: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the attributes that a tool has set and that could not be loaded again."""
+        known = set(self._known_names())
+        return {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers. What [`~TDDConfig.to_dict`] leaves out is named in a warning."""
+        unknown = [name for name in vars(self) if name not in self._known_names() and not name.startswith("_")]
+        if unknown:
+            logger.warning(f"`TDDConfig` has no {', '.join(f'`{name}`' for name in unknown)}: not saved.")
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _known_names(cls) -> list[str]:
+        names = (field.name for field in fields(cls))
+        return [*names, "name_or_path", "num_labels", "output_attentions", "per_layer_config", *OF_TRANSFORMERS]
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_object(super()._dict_from_json_file, json_file)
 
     def _task_defaults(self) -> dict[str, Any]:
         """What `None` stands for, by task and method."""
@@ -285,37 +325,37 @@ class TDDConfig(PreTrainedConfig):
             return 1
         return self.num_categories if self.prediction_type == "epsilon" else min(self.num_categories, self.hidden_size)
 
-    def validate_architecture(self):
-        """Part of `@strict`: checks the denoiser's size whenever a configuration is made or saved."""
-        if self.vocab_size is not None:
-            check_range("vocab_size", self.vocab_size, 1)
-        check_range("num_labels", self.num_labels, 1)
-        for name in (
-            "max_position_embeddings",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        ):
-            check_range(name, getattr(self, name), 1)
+    def validate(self) -> None:
+        """Checks the fields against each other, whenever a configuration is made or saved, or a model is made of it.
+
+        Raises:
+            `ValueError`: for fields that exclude each other.
+        """
+        self._validate_architecture()
+        self._validate_diffusion()
+        self._validate_training()
+        self._validate_inference()
+
+    def _validate_architecture(self) -> None:
+        from transformers.activations import ACT2FN  # here, since it imports all activations
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
                 f"{self.num_attention_heads}."
             )
-        check_range("hidden_dropout_prob", self.hidden_dropout_prob, 0, 1, include_high=False)
-        check_range("attention_probs_dropout_prob", self.attention_probs_dropout_prob, 0, 1, include_high=False)
-        check_choice("pooling", self.pooling, POOLINGS)
+        for name in ("pad_token_id", "eos_token_id"):
+            if self.vocab_size is not None and getattr(self, name) is not None:
+                check(name, getattr(self, name), integer(0, self.vocab_size - 1))
+        for name in ENCODER_SIZES:
+            size = getattr(self.vision_config, name, None)
+            for side in size if isinstance(size, (list, tuple)) else (size,):
+                if isinstance(side, (int, float)):
+                    check(f"vision_config.{name}", side, integer(1, 2**20))
 
-    def validate_diffusion(self):
-        """Part of `@strict`: checks the diffusion process."""
-        check_range("num_timesteps", self.num_timesteps, 1)
-        check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
-        check_choice("corruption", self.corruption, CORRUPTIONS)
-        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        check_choice("input_weighting", self.input_weighting, INPUT_WEIGHTINGS)
-        if not 0 < self.one_hot_scale <= 1:
-            raise ValueError(f"`one_hot_scale` must be in (0, 1], got {self.one_hot_scale!r}.")
+    def _validate_diffusion(self) -> None:
         if self.corruption == "gaussian" and self.num_categories < 2:
             raise ValueError(f"`corruption='gaussian'` needs at least 2 categories, got {self.num_categories}.")
         if self.corruption == "mask":
@@ -330,17 +370,12 @@ class TDDConfig(PreTrainedConfig):
                 if getattr(self, name) != value:
                     raise ValueError(f"`{name}={getattr(self, name)!r}` needs `corruption='gaussian'`.")
 
-    def validate_training(self):
-        """Part of `@strict`: checks the training loss."""
-        # A label is one token: there is no regression, and no set of labels
-        check_choice("problem_type", self.problem_type, (None, "single_label_classification"))
-        check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
-        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        check_range("timesteps_per_image", self.timesteps_per_image, 1, self.num_timesteps)
-        check_range("mistaken_share", self.mistaken_share, 0, 1, include_high=False)
-        check_range("condition_dropout", self.condition_dropout, 0, 1)
-        check_range("label_smoothing", self.label_smoothing, 0, 1, include_high=False)
-        check_range("pad_loss_weight", self.pad_loss_weight, 0, 1)
+    def _validate_training(self) -> None:
+        if self.timesteps_per_image > self.num_timesteps:
+            raise ValueError(
+                f"`timesteps_per_image` must be at most `num_timesteps`, got {self.timesteps_per_image} and "
+                f"{self.num_timesteps}."
+            )
         if self.max_position_embeddings == 1:
             if self.timestep_sampling == "per_token":
                 raise ValueError("`timestep_sampling='per_token'` needs `max_position_embeddings` above 1, got 1.")
@@ -356,12 +391,10 @@ class TDDConfig(PreTrainedConfig):
         if self.prediction_type == "epsilon" and self.label_smoothing > 0:
             raise ValueError(f"`label_smoothing={self.label_smoothing!r}` needs `prediction_type='sample'`.")
 
-    def validate_inference(self):
-        """Part of `@strict`: checks a classifier's loop; a captioner's has its settings in `TDDGenerationConfig`."""
+    def _validate_inference(self) -> None:
+        """A classifier's loop; a captioner's has its settings in `TDDGenerationConfig`."""
         if self.vocab_size is None:
-            check_inference_settings(
-                self.num_timesteps, **{name: getattr(self, name) for name in CLASSIFIER_INFERENCE}
-            )
+            check_steps(self.num_timesteps, self.num_inference_steps)
             return
         given = [name for name in CLASSIFIER_INFERENCE if getattr(self, name) is not None]
         if given:

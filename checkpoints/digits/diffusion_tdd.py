@@ -29,7 +29,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .configuration_tdd import NOISE_SCHEDULES, TDDConfig, check_choice, check_range
+from .configuration_tdd import TDDConfig
+from .settings_tdd import check, integer
 
 
 # ---- Noise schedules
@@ -119,9 +120,9 @@ def gaussian_schedule(
     Raises:
         `ValueError`: for an unknown schedule, T below 1, or K below 2.
     """
-    check_choice("noise_schedule", noise_schedule, NOISE_SCHEDULES)
-    check_range("num_timesteps", num_timesteps, 1)
-    check_range("num_categories", num_categories, 2)
+    check("noise_schedule", noise_schedule)
+    check("num_timesteps", num_timesteps)
+    check("num_categories", num_categories, integer(2))
     progress = torch.arange(1, num_timesteps, dtype=torch.float64) / num_timesteps
     if noise_schedule == "linear":
         ratio = _linear_ratio(progress)
@@ -140,7 +141,7 @@ def gaussian_schedule(
 def mask_schedule(noise_schedule: str, num_timesteps: int) -> Tensor:
     """MDD: the chance that a token is not masked, for t = 0 ... T, float64: `1 - sin(pi t / 2T)` for `"cosine"`, as in
     MaskGIT, and otherwise `1 - t / T`, since an unmasked token is always right."""
-    check_choice("noise_schedule", noise_schedule, NOISE_SCHEDULES)
+    check("noise_schedule", noise_schedule)
     progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     return 1 - torch.sin(0.5 * math.pi * progress) if noise_schedule == "cosine" else 1 - progress
 

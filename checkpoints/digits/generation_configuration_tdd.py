@@ -1,36 +1,30 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Parameters of `generate`: captions by denoising."""
 
+import inspect
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
-from .configuration_tdd import GUIDANCE_SCHEDULES, check_choice, check_range
+from .settings_tdd import check, check_names, read_object, shorten
 
 
-SAMPLERS = ("renoise", "confidence")
-SAMPLING_PARAMETERS = ("temperature", "top_k", "top_p")
-COUNTS = (
-    "max_length",
-    "max_new_tokens",
-    "num_inference_steps",
-    "num_return_sequences",
-    "stability_threshold",
-    "top_k",
-)
+# With `do_sample` alone, and the values with which they have no effect there either
+SAMPLING_PARAMETERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 class TDDGenerationConfig(GenerationConfig):
     # no-format
     r"""
-    Parameters of [`~TDDGenerationMixin.generate`]. What does not apply to diffusion, such as beams, is refused.
+    Parameters of [`~TDDGenerationMixin.generate`]. What does not apply to diffusion, such as beams, is refused, except
+    with the value that has no effect in Transformers (`num_beams=1`, `use_cache=True`). `None` stands for the default.
 
     Args:
         > Length
 
         max_length (`int`, *optional*):
             Tokens of a caption, the prompt and the end token among them; at most the model's
-            `max_position_embeddings`, the default.
+            `max_position_embeddings`, the default. A model's own generation configuration holds the number.
         max_new_tokens (`int`, *optional*):
             Tokens beyond the given ones. What exceeds `max_length` is cut.
 
@@ -59,7 +53,7 @@ class TDDGenerationConfig(GenerationConfig):
             draws random numbers of its own, which depend on `seed` and its pixels alone: an image has the same
             captions in any batch.
         temperature, top_k, top_p (*optional*):
-            With `do_sample`: as in Transformers.
+            With `do_sample`: as in Transformers. Without, only values that have no effect are allowed: 1.0, 0 and 1.0.
         repetition_penalty (`float`, *optional*, defaults to 1.0):
             As in Transformers, against the tokens before a place.
         bad_words_ids (`list[list[int]]`, *optional*):
@@ -79,10 +73,11 @@ class TDDGenerationConfig(GenerationConfig):
         > Special tokens
 
         pad_token_id, eos_token_id (`int`, *optional*):
-            The model's by default.
+            The model's by default. A caption has one end token; a list of several is refused.
 
     Raises:
-        `ValueError`: for an unknown argument or a value out of its range.
+        `ValueError`: for an unknown argument, or a value of a wrong type or out of its range, also where an attribute
+            is set later.
     """
 
     _DEFAULTS = {
@@ -106,53 +101,93 @@ class TDDGenerationConfig(GenerationConfig):
         "pad_token_id": None,
         "eos_token_id": None,
     }
-    _METADATA = ("_from_model_config", "transformers_version", "_commit_hash")
+    # What Transformers keeps here. A caption needs no first token, but Trainer copies the tokenizer's.
+    _METADATA = ("_from_model_config", "transformers_version", "bos_token_id")
 
     def __init__(self, **kwargs: Any):
         # Not calling super().__init__(): most of its attributes do not apply.
-        for name, default in self._DEFAULTS.items():
-            value = kwargs.pop(name, None)
-            setattr(self, name, default if value is None else value)
         for name in self._METADATA:
             setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            raise ValueError(
-                f"Arguments that do not apply to diffusion: {', '.join(sorted(kwargs))}. "
-                f"Allowed: {', '.join(self._DEFAULTS)}."
-            )
+        kwargs.pop("_commit_hash", None)  # of older versions of Transformers
+        given = drop_inert(kwargs)
+        for name in self._DEFAULTS:
+            setattr(self, name, given.get(name))
         self.validate()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks a parameter whenever it is set. `None` is its default."""
+        if name in self._DEFAULTS:
+            value = self._DEFAULTS[name] if value is None else check(name, value)
+        else:
+            check_names([name], [*self._DEFAULTS, *self._METADATA], "`TDDGenerationConfig`")
+        super().__setattr__(name, value)
+
     def validate(self, **unused: Any) -> None:
-        """Checks every parameter."""
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
-            if value is not None:
-                check_range(name, value, 1)
-        check_range("guidance_scale", self.guidance_scale, 1)
-        check_choice("sampler", self.sampler, (None, *SAMPLERS))
-        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be above 0, got {value!r}.")
-        for name in SAMPLING_PARAMETERS:
-            if getattr(self, name) is not None and not self.do_sample:
-                raise ValueError(f"`{name}` needs `do_sample=True`: the argmax has no use for it.")
+        """Checks the parameters against each other."""
+        for name, inert in SAMPLING_PARAMETERS.items():
+            if getattr(self, name) not in (None, inert) and not self.do_sample:
+                value = getattr(self, name)
+                raise ValueError(f"`{name}` needs `do_sample=True`: the argmax has no use for it, got {value!r}.")
+
+    @classmethod
+    def convert(cls, given: GenerationConfig | dict[str, Any]) -> "TDDGenerationConfig":
+        """The same from a dictionary or a plain `GenerationConfig`, whose parameters must all apply."""
+        if isinstance(given, cls):
+            return given
+        check("generation_config", given)
+        given = given if isinstance(given, dict) else vars(given)
+        try:
+            return cls(**{str(name): value for name, value in given.items() if not str(name).startswith("_")})
+        except ValueError as error:
+            raise ValueError(f"`generation_config`: {error}") from error
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig) -> "TDDGenerationConfig":
         """The defaults, with the special tokens of a model."""
         return cls(
             num_inference_steps=min(cls._DEFAULTS["num_inference_steps"], model_config.num_timesteps),
+            max_length=model_config.max_position_embeddings,
             pad_token_id=model_config.pad_token_id,
             eos_token_id=model_config.eos_token_id,
             _from_model_config=True,
         )
 
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        """What Transformers fills in for `None`: Trainer calls it, and its own are those of beam search."""
+        return {name: value for name, value in TDDGenerationConfig._DEFAULTS.items() if value is not None}
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_object(super()._dict_from_json_file, json_file)
+
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("Diffusion has no generation mode of Transformers' autoregressive models.")
 
 
-__all__ = ["SAMPLING_PARAMETERS", "TDDGenerationConfig"]
+def drop_inert(given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of [`TDDGenerationConfig`] among arguments of Transformers' `generate`, checked. The others must
+    be `None`, `False`, or what has no effect in Transformers.
+
+    Raises:
+        `ValueError`: for others, and for unknown names.
+    """
+    inert = GenerationConfig._get_default_generation_params()
+    known = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    others = {name: value for name, value in given.items() if name not in TDDGenerationConfig._DEFAULTS}
+    check_names(others.keys() - known, TDDGenerationConfig._DEFAULTS, "`generate`")
+    for name, value in others.items():
+        is_default = isinstance(value, (int, float, str)) and value == inert.get(name) and value is not True
+        if not (value is None or value is False or is_default or inert.get(name) is value):
+            raise ValueError(
+                f"Arguments that do not apply to diffusion: {name}={shorten(value)}. "
+                f"Allowed: {', '.join(TDDGenerationConfig._DEFAULTS)}."
+            )
+    return {
+        name: value if value is None else check(name, value)
+        for name, value in given.items()
+        if name in TDDGenerationConfig._DEFAULTS
+    }
+
+
+__all__ = ["SAMPLING_PARAMETERS", "TDDGenerationConfig", "drop_inert"]

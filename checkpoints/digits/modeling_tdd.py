@@ -4,6 +4,7 @@
 Data flows one way: pixel values -> encoder -> prefix -> denoiser <-> diffusion step -> tokens.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,23 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_tdd import TDDConfig, check_inference_settings
+from .configuration_tdd import TDDConfig, check_steps
 from .denoiser_tdd import TDDMLP, DenoiserCache, TDDDenoiser
 from .diffusion_tdd import add_noise, one_hot
 from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
 from .loss_tdd import diffusion_loss
 from .sampling_tdd import KnownTokens, NoisyTokens, RandomNumbers, RenoiseSampler, denoise, guidance_scales
+from .settings_tdd import (
+    check,
+    check_given,
+    check_names,
+    check_scores,
+    check_shape,
+    check_value_range,
+    refuse_given,
+    shorten,
+)
 
 
 # Where a checkpoint's own code has the classes that importing this package registers, in Transformers' format.
@@ -33,6 +44,9 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_tdd.TDDForImageClassification",
     "AutoModelForImageTextToText": "modeling_tdd.TDDForCaptioning",
 }
+
+# What `forward` takes besides its named arguments: what the models can return, and what Trainer passes
+FORWARD_KWARGS = ("output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch")
 
 
 @dataclass
@@ -256,7 +270,14 @@ class TDDModel(TDDPreTrainedModel):
 
     def __init__(self, config: TDDConfig, add_denoiser: bool = True):
         super().__init__(config)
-        self.encoder, self.encoder_layout = build_encoder(config.vision_config, config.pooling)
+        config.validate()
+        try:
+            self.encoder, self.encoder_layout = build_encoder(config.vision_config, config.pooling)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"`vision_config` makes no encoder: `{config.vision_config.model_type}` failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.encoder_hidden_size = self.encoder_layout.hidden_size
         self.num_special_tokens = self.encoder_layout.num_special_tokens
         self.freeze()
@@ -308,6 +329,7 @@ class TDDModel(TDDPreTrainedModel):
                 finite. An encoder with a fixed image size raises for another size.
         """
         self._check_pixels(pixel_values)
+        pixel_values = pixel_values.to(self.encoder.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             outputs = run_encoder(self.encoder, self.encoder_layout, pixel_values, **kwargs)
         tokens = as_tokens(outputs.last_hidden_state, self.encoder_layout)
@@ -321,8 +343,9 @@ class TDDModel(TDDPreTrainedModel):
     def _check_pixels(self, pixel_values: Tensor) -> None:
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given.")
+        check("pixel_values", pixel_values)
         channels = self.encoder_layout.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.numel() == 0:
             raise ValueError(
                 f"`pixel_values` must have shape (batch_size, {channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
@@ -338,6 +361,12 @@ class TDDModel(TDDPreTrainedModel):
             raise ValueError("Give either `pixel_values` or `image_features`, and not both.")
         if image_features is None:
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        check("image_features", image_features)
+        if image_features.shape[-1] != self.encoder_hidden_size:
+            raise ValueError(
+                f"`image_features` must have shape (batch_size, prefix_length, {self.encoder_hidden_size}), got "
+                f"{tuple(image_features.shape)}."
+            )
         return self.connector(image_features.to(self.connector.layernorm.weight.dtype))
 
     @can_return_tuple
@@ -373,9 +402,11 @@ class TDDModel(TDDPreTrainedModel):
                 Whether to return `cache`, to denoise the same images again.
 
         Raises:
-            `ValueError`: unless one of `pixel_values`, `image_features` and `cache` is given, or as in
-                [`~TDDModel.get_image_features`].
+            `ValueError`: unless one of `pixel_values`, `image_features` and `cache` is given, for unknown arguments,
+                for tensors of a wrong shape or out of range, or as in [`~TDDModel.get_image_features`].
         """
+        check_forward_kwargs(self, kwargs)
+        check_given(cache=cache, use_cache=use_cache)
         if self.denoiser is None:
             raise ValueError("This model was made with `add_denoiser=False`: call `get_image_features`.")
         if sum(given is not None for given in (pixel_values, image_features, cache)) != 1:
@@ -404,9 +435,19 @@ class TDDModel(TDDPreTrainedModel):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens, timesteps and noise that the denoiser reads, with defaults for what is not given."""
         config = self.config
+        check_given(tokens=tokens, timesteps=timesteps, noise=noise)
+        if tokens is not None:
+            highest = config.num_categories - (config.corruption == "gaussian")  # K stands for a mask
+            check_shape("tokens", tokens, [(batch_size, n + 1) for n in range(config.max_position_embeddings)])
+            check_value_range("tokens", tokens, 0, highest)
         if tokens is None:
             nothing = config.num_categories if config.corruption == "mask" else 0
             tokens = torch.full((batch_size, config.max_position_embeddings), nothing, device=device)
+        if timesteps is not None:
+            check_shape("timesteps", timesteps, [tuple(tokens.shape), (batch_size,)])
+            check_value_range("timesteps", timesteps, 1, config.num_timesteps)
+        if noise is not None:
+            check_noise(config, noise, tuple(tokens.shape))
         if timesteps is None:
             timesteps = torch.full_like(tokens, config.num_timesteps)
         elif timesteps.ndim == 1:
@@ -418,13 +459,43 @@ class TDDModel(TDDPreTrainedModel):
         return tokens, timesteps, noise
 
 
-def check_label_range(labels: Tensor, num_categories: int) -> None:
-    """Raises a `ValueError` for int64 labels out of range, which on a GPU would end the process."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    low, high = labels.aminmax()
-    if low < 0 or high >= num_categories:
-        raise ValueError(f"`labels` must be in [0, {num_categories - 1}], got {low} to {high}.")
+# ---- Checks of what `forward` is given
+
+
+def check_forward_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises a `ValueError` for arguments that `forward` does not have."""
+    unknown = [name for name, value in kwargs.items() if name not in FORWARD_KWARGS and value is not None]
+    if unknown:
+        named = [name for name in inspect.signature(type(model).forward).parameters if name not in ("self", "kwargs")]
+        check_names(unknown, [*named, *FORWARD_KWARGS], f"`{type(model).__name__}.forward`")
+
+
+def check_noise(config: TDDConfig, noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless noise has a shape without its width, and one of the two widths."""
+    widths = {config.noise_width, 1 if config.corruption == "mask" else config.num_categories}
+    check_shape("noise", noise, [(*shape, width) for width in sorted(widths)])
+
+
+def check_draws(config: TDDConfig, batch_size: int, timesteps: Tensor | None, noise: Tensor | None) -> None:
+    """Checks the timesteps and noise of a loss."""
+    check_given(timesteps=timesteps, noise=noise)
+    rows, places = (batch_size, config.timesteps_per_image), config.max_position_embeddings
+    if timesteps is not None:
+        check_shape("timesteps", timesteps, [rows, (*rows, places)])
+        check_value_range("timesteps", timesteps, 1, config.num_timesteps)
+    if noise is not None:
+        check_noise(config, noise, (*rows, places))
+
+
+def refuse_training_without_labels(model: nn.Module) -> None:
+    """Raises a `ValueError` in training mode with gradients: a loss of something else would be optimised."""
+    if model.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"`{type(model).__name__}` needs `labels` in training mode: its loss compares noisy labels with their "
+            "clean ones, and cannot be made of the logits. Trainer takes the labels out of the batch with "
+            "`label_smoothing_factor` (set `label_smoothing` of the model's configuration instead) and with "
+            "`compute_loss_func`. For logits call `model.eval()`, or compute them under `torch.no_grad()`."
+        )
 
 
 class TDDForImageClassification(TDDPreTrainedModel):
@@ -492,8 +563,9 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 Eval mode: whether to return the probabilities of each step.
 
         Raises:
-            `ValueError`: for labels out of range or of a wrong shape, steps below 1 or above T, guidance below 1, and
-                pixels as in [`TDDModel.get_image_features`].
+            `ValueError`: for unknown arguments, for those of the other mode, for labels out of range or of a wrong
+                shape, steps below 1 or above T, guidance below 1, pixels as in [`TDDModel.get_image_features`], scores
+                that are not finite, and in training mode with gradients but without `labels`.
 
         Example:
 
@@ -501,23 +573,36 @@ class TDDForImageClassification(TDDPreTrainedModel):
         >>> outputs = model(**image_processor(image, return_tensors="pt"), num_inference_steps=20)
         >>> model.config.id2label[outputs.logits.argmax(-1).item()]
         ```"""
+        check_forward_kwargs(self, kwargs)
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "sampling_strategy": sampling_strategy,
+            "num_noise_samples": num_noise_samples,
+        }
         is_loss_only = self.training and labels is not None
-        settings = None
-        if not is_loss_only:
-            settings = self._resolve_settings(
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                sampling_strategy=sampling_strategy,
-                num_noise_samples=num_noise_samples,
+        if is_loss_only:
+            refuse_given(
+                "the loss of training mode runs no denoising loop",
+                **settings,
+                generator=generator,
+                output_trajectory=output_trajectory,
             )
+        else:
+            refuse_training_without_labels(self)
+            refuse_given("they are those of the loss in training mode", timesteps=timesteps, noise=noise)
+            check_given(generator=generator, output_trajectory=output_trajectory)
+            settings = self._resolve_settings(**settings)
         features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
         if labels is not None:
             self._check_labels(labels, features.shape[0])
         if self.model.denoiser is None:
+            refuse_given("masked diffusion of one token draws nothing", timesteps=timesteps, noise=noise)
             return self._classify_directly(features, labels, output_trajectory)
         prefix = self.model.connector(features)
         if is_loss_only:
+            check_draws(self.config, len(labels), timesteps, noise)
             outputs = diffusion_loss(
                 self.model.denoiser, self.classifier, prefix, labels[:, None], timesteps, noise, **kwargs
             )
@@ -529,6 +614,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 loss_by_timestep=outputs.loss_by_timestep,
             )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
+        check_scores(outputs.logits, settings["guidance_scale"])
         if labels is not None:
             # A new output: a field that was None when an output was made is missing from its keys, which Trainer reads
             loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
@@ -538,10 +624,12 @@ class TDDForImageClassification(TDDPreTrainedModel):
     def _resolve_settings(self, **settings: Any) -> dict[str, Any]:
         """Takes what is not given from the configuration, and checks it before anything is computed."""
         settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
-        check_inference_settings(self.config.num_timesteps, **settings)
+        settings = {name: check(name, value) for name, value in settings.items()}
+        check_steps(self.config.num_timesteps, settings["num_inference_steps"])
         return settings
 
     def _check_labels(self, labels: Tensor, batch_size: int) -> None:
+        check("labels", labels)
         soft = labels.is_floating_point()
         expected = (batch_size, self.num_labels) if soft else (batch_size,)
         if tuple(labels.shape) != expected:
@@ -550,13 +638,15 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 f"probabilities, got {tuple(labels.shape)} of {labels.dtype}."
             )
         if not soft:
-            check_label_range(labels, self.num_labels)
+            check_value_range("labels", labels, 0, self.num_labels - 1)
 
     def _classify_directly(
         self, features: Tensor, labels: Tensor | None, output_trajectory: bool
     ) -> TDDImageClassifierOutput:
         """MDD for one token: whatever the number of steps, there is one mask to replace."""
         logits = self.classifier(features[:, 0])
+        if not self.training:
+            check_scores(logits, 1.0)
         loss = None
         if labels is not None:
             smoothing = self.config.label_smoothing if self.training else 0.0
@@ -680,10 +770,13 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
         `eval_loss` can choose a checkpoint.
 
         Raises:
-            `ValueError`: for token ids out of range, captions longer than N, or pixels as in
-                [`TDDModel.get_image_features`].
+            `ValueError`: for unknown arguments, for those that have no effect with `labels`, for token ids out of
+                range, captions longer than N, pixels as in [`TDDModel.get_image_features`], and in training mode with
+                gradients but without `labels`.
         """
+        check_forward_kwargs(self, kwargs)
         if labels is None:
+            refuse_training_without_labels(self)
             outputs = self.model(pixel_values, tokens, timesteps, noise, image_features, cache, use_cache, **kwargs)
             return TDDCaptioningOutput(
                 logits=self.lm_head(outputs.last_hidden_state),
@@ -691,7 +784,9 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
+        refuse_given("with `labels` the loss is computed", tokens=tokens, cache=cache, use_cache=use_cache)
         targets = self._fill_labels(labels)
+        check_draws(self.config, len(labels), timesteps, noise)
         is_padding = targets == self.config.pad_token_id
         if pixel_values is not None and image_features is None:
             image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
@@ -719,14 +814,32 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
     def _fill_labels(self, labels: Tensor) -> Tensor:
         """Labels of N places, without -100, checked."""
         length = self.config.max_position_embeddings
+        check("labels", labels)
+        if labels.is_floating_point():
+            raise ValueError(f"`labels` must be token ids, got {shorten(labels)}.")
         if labels.ndim != 2 or labels.shape[1] > length:
             raise ValueError(
                 f"`labels` must have shape (batch_size, at most {length}), got {tuple(labels.shape)}. Truncate "
                 "captions, or make `max_position_embeddings` larger."
             )
         labels = labels.masked_fill(labels == -100, self.config.pad_token_id)
-        check_label_range(labels, self.config.vocab_size)
+        check_value_range("labels", labels, 0, self.config.vocab_size - 1)
         return nn.functional.pad(labels, (0, length - labels.shape[1]), value=self.config.pad_token_id)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises a `ValueError` for a tokenizer that is not this model's: with more tokens, or other special ones.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The tokenizer, or the one of a processor.
+        """
+        if len(tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, and the model's `vocab_size` is {self.config.vocab_size}."
+            )
+        for name in ("pad_token_id", "eos_token_id"):
+            theirs, ours = getattr(tokenizer, name), getattr(self.config, name)
+            if theirs != ours:
+                raise ValueError(f"The tokenizer's `{name}` is {theirs}, and the model's is {ours}.")
 
     def make_network(self, prefix: Tensor) -> "ConditionedDenoiser":
         """What `generate` denoises with, on the condition of the images in `prefix`."""

@@ -22,9 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .configuration_tdd import check_range
+from .configuration_tdd import check_steps
 from .diffusion_tdd import NoiseSchedule
-from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig
+from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig, drop_inert
 from .sampling_tdd import (
     ConfidenceSampler,
     DenoisingStep,
@@ -38,6 +38,7 @@ from .sampling_tdd import (
     follows_end,
     guidance_scales,
 )
+from .settings_tdd import check, check_given, check_scores, integer, refuse_given
 
 
 logger = logging.get_logger(__name__)
@@ -96,6 +97,19 @@ class TDDGenerationMixin:
     generation_config_class = TDDGenerationConfig
     output_modalities = ("text",)
 
+    @property
+    def generation_config(self) -> TDDGenerationConfig:
+        """[`TDDGenerationConfig`]: what `generate` does where a call does not say. A dictionary or a plain
+        `GenerationConfig` becomes one, or is refused. A `max_length` of `None` becomes the model's number of places,
+        which `Seq2SeqTrainer` reads."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | dict[str, Any]) -> None:
+        self._generation_config = TDDGenerationConfig.convert(value)
+        if self._generation_config.max_length is None:
+            self._generation_config.max_length = self.config.max_position_embeddings
+
     @torch.no_grad()
     def generate(
         self,
@@ -105,10 +119,12 @@ class TDDGenerationMixin:
         image_features: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
+        labels: Tensor | None = None,
+        synced_gpus: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | TDDGenerationOutput:
         r"""
@@ -135,24 +151,36 @@ class TDDGenerationMixin:
                 Infilling: tokens, of which those with a 1 in `decoder_attention_mask` stay as they are.
             decoder_attention_mask (`torch.Tensor` of the same shape, *optional*):
                 1 for fixed tokens, 0 for places to fill. A caption does not end before its last fixed token.
-            generation_config ([`TDDGenerationConfig`] or `GenerationConfig`, *optional*):
-                Parameters; the model's own by default. Of a plain `GenerationConfig` those that apply are taken.
+            generation_config ([`TDDGenerationConfig`], `GenerationConfig` or `dict`, *optional*):
+                Parameters; the model's own by default. What does not apply to diffusion is refused, in a plain
+                `GenerationConfig` and in a dictionary too.
             logits_processor (`LogitsProcessorList`, *optional*):
-                Processors of Transformers. Each place is processed given the tokens before it at the same step.
+                Processors of Transformers. Each place is processed given the tokens before it at the same step, so
+                each processor is called `num_inference_steps * N` times, fewer where all rows stopped early. It sees
+                all rows at each call, those that have stopped too: one for each image, or `num_return_sequences` with
+                `do_sample`. (Without `do_sample` a second loop of as many calls has the `num_return_sequences - 1`
+                alternatives of each image, in succession.) Its `input_ids` are one token of padding, in the place of
+                the first token of Transformers' decoders, and the tokens before the place.
             generator (`torch.Generator`, *optional*):
                 Source of the noise, in place of `seed`. A CPU generator serves a model on any device.
             streamer (`BaseStreamer`, *optional*):
                 Receives through `put` the prompt and, at the end, the tokens behind it; and each step's draft of these
                 through `put_draft`, where it has that.
+            labels (`torch.Tensor`, *optional*):
+                Nothing reads them: `Seq2SeqTrainer` passes all that a batch has.
+            synced_gpus (`bool`, *optional*):
+                Whether all processes must take the same number of steps, which they do without `stability_threshold`.
             kwargs:
-                Parameters of [`TDDGenerationConfig`], which take precedence.
+                Parameters of [`TDDGenerationConfig`], which take precedence. Arguments of Transformers that do not
+                apply to diffusion may have the value that has no effect, such as `num_beams=1`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, an image's captions in
             succession, or [`TDDGenerationOutput`] with `return_dict_in_generate=True`.
 
         Raises:
-            `ValueError`: for parameters or token ids out of range, or a prompt or infilling that does not fit.
+            `ValueError`: for unknown arguments, for parameters, tensors or token ids of a wrong type or out of range,
+                for a prompt or infilling that does not fit, and for scores that are not finite in the last step.
 
         Example:
 
@@ -162,6 +190,9 @@ class TDDGenerationMixin:
         ```"""
         # 1. Check and encode
         config = self._prepare_generation_config(generation_config, kwargs)
+        check_given(generator=generator, logits_processor=logits_processor, streamer=streamer, synced_gpus=synced_gpus)
+        if synced_gpus and config.stability_threshold is not None:
+            raise ValueError("`synced_gpus=True` needs `stability_threshold=None`: processes may stop at other steps.")
         prefix = self.model.get_prefix(pixel_values, image_features)
         # 2. Fix tokens
         fixed = self._prepare_fixed_tokens(
@@ -180,6 +211,7 @@ class TDDGenerationMixin:
             )
             recorder = recorder.join(self._denoise(*loop, alternatives), len(prefix))
         # 5. Pad
+        check_scores(recorder.log_probs, config.guidance_scale)
         tokens = recorder.tokens[:, : fixed.length]
         sequences = pad_after_end(tokens, config)
         output.end(sequences)
@@ -213,6 +245,7 @@ class TDDGenerationMixin:
             sampling_strategy="multinomial" if config.do_sample else "argmax",
             process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
             stability_threshold=config.stability_threshold,
+            keep_rows=bool(logits_processor),
         ):
             recorder.record(step)
             if output is not None:
@@ -246,20 +279,27 @@ class TDDGenerationMixin:
         return RenoiseSampler(self.config.num_timesteps, numbers, known)
 
     def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig | dict[str, Any] | None, kwargs: dict[str, Any]
     ) -> TDDGenerationConfig:
         """Arguments of the call over `generation_config` over the model's special tokens and the defaults."""
-        given = self.generation_config if generation_config is None else generation_config
-        parameters = {name: getattr(given, name, None) for name in TDDGenerationConfig._DEFAULTS}
+        given = self.generation_config if generation_config is None else TDDGenerationConfig.convert(generation_config)
+        given.validate()
+        kwargs = drop_inert(kwargs)
+        parameters = {name: getattr(given, name) for name in TDDGenerationConfig._DEFAULTS}
         # An argmax has no use for the parameters of draws, which only the call itself may not give
         if not kwargs.get("do_sample", parameters["do_sample"]):
             for name in SAMPLING_PARAMETERS:
                 parameters.pop(name)
         config = TDDGenerationConfig(**{**parameters, **kwargs})
-        check_range("num_inference_steps", config.num_inference_steps, 1, self.config.num_timesteps)
+        check_steps(self.config.num_timesteps, config.num_inference_steps)
+        token = integer(0, self.config.vocab_size - 1)
         for name in ("pad_token_id", "eos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.config, name))
+            check(name, getattr(config, name), token)
+        for banned in config.bad_words_ids or []:
+            for token_id in banned:
+                check("bad_words_ids", token_id, token)
         if self.config.corruption == "mask":
             if config.sampler is not None:
                 raise ValueError(f"`sampler={config.sampler!r}` needs Gaussian noise, and this model has masks (MDD).")
@@ -279,8 +319,14 @@ class TDDGenerationMixin:
         """Checks prompt or infilling, and fixes padding behind the last place that each row may fill."""
         places = self.config.max_position_embeddings
         max_length = places if config.max_length is None else min(config.max_length, places)
+        check_given(input_ids=input_ids, attention_mask=attention_mask)
+        check_given(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
         if input_ids is not None and decoder_input_ids is not None:
             raise ValueError("Give a prompt (`input_ids`) or an infilling (`decoder_input_ids`), not both.")
+        if input_ids is None:
+            refuse_given("there are no `input_ids`", attention_mask=attention_mask)
+        if decoder_input_ids is None:
+            refuse_given("there are no `decoder_input_ids`", decoder_attention_mask=decoder_attention_mask)
         if decoder_input_ids is not None:
             tokens, mask, given_length = infilling_tokens(decoder_input_ids, decoder_attention_mask)
         elif input_ids is not None:
@@ -294,8 +340,9 @@ class TDDGenerationMixin:
             raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {max_length} places of a caption.")
         given = tokens[mask]
         if ((given < 0) | (given >= self.config.vocab_size)).any():
-            raise ValueError(f"Given token ids must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
-        row_length = (given_length + (config.max_new_tokens or places)).clamp(max=max_length)
+            name = "input_ids" if decoder_input_ids is None else "decoder_input_ids"
+            raise ValueError(f"`{name}` must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
+        row_length = (given_length + min(config.max_new_tokens or places, places)).clamp(max=max_length)
         missing = (0, places - tokens.shape[1])
         beyond = torch.arange(places, device=mask.device) >= row_length[:, None]
         return FixedTokens(
@@ -320,7 +367,7 @@ class TDDGenerationMixin:
         allowed = self.generation_config_class._DEFAULTS
         kwargs = {name: value for name, value in kwargs.items() if name in allowed or not hasattr(self.config, name)}
         if generation_config is not None:
-            self.generation_config = self._prepare_generation_config(generation_config, {})
+            self.generation_config = generation_config
         elif pretrained_model_name_or_path is not None:
             try:
                 self.generation_config = self.generation_config_class.from_pretrained(
@@ -329,7 +376,7 @@ class TDDGenerationMixin:
                     _from_pipeline=from_pipeline,
                     **kwargs,
                 )
-            except OSError:
+            except OSError:  # there is none; for one that cannot be read it is a ValueError
                 logger.info("No generation_config.json: the default generation parameters are used.")
 
 
@@ -358,12 +405,23 @@ def image_checksums(images: Tensor) -> list[int]:
     return ((bits * multipliers).sum(1) & (2**62 - 1)).tolist()
 
 
+def check_mask(name: str, mask: Tensor, name_of_tokens: str, tokens: Tensor) -> None:
+    """Raises a `ValueError` unless a mask has the shape of its tokens, and holds 0 and 1 alone."""
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `{name_of_tokens}`, {tuple(tokens.shape)}, got {tuple(mask.shape)}."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"`{name}` must hold 0 and 1 alone, got {mask.unique().tolist()[:5]}.")
+
+
 def infilling_tokens(
     decoder_input_ids: Tensor, decoder_attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, the mask of those that are fixed, and the number of each row's places."""
-    if decoder_attention_mask is None or decoder_attention_mask.shape != decoder_input_ids.shape:
+    if decoder_attention_mask is None:
         raise ValueError("`decoder_input_ids` needs a `decoder_attention_mask` of its shape, 1 for fixed tokens.")
+    check_mask("decoder_attention_mask", decoder_attention_mask, "decoder_input_ids", decoder_input_ids)
     rows, length = decoder_input_ids.shape
     return (
         decoder_input_ids.long(),
@@ -375,6 +433,7 @@ def infilling_tokens(
 def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """As [`infilling_tokens`], of prompts, whose padding may be on either side."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    check_mask("attention_mask", mask, "input_ids", input_ids)
     # Padding on the left moves to the right: a prompt begins at the first place.
     order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
     tokens, mask = input_ids.long().gather(1, order), mask.bool().gather(1, order)
@@ -502,7 +561,8 @@ class TokenLogitsProcessor:
         self.end_tokens = [config.pad_token_id, config.eos_token_id]
         before_content = fixed.before_content
         self.before_content = before_content if before_content.any() else None
-        self.processors = LogitsProcessorList(logits_processor or [])
+        self.given_processors = LogitsProcessorList(logits_processor or [])
+        self.processors = LogitsProcessorList()
         if config.bad_words_ids is not None:
             self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
         self.penalties = LogitsProcessorList()
@@ -511,7 +571,7 @@ class TokenLogitsProcessor:
         self.warpers = LogitsProcessorList()
         if config.do_sample and config.temperature is not None:
             self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-        if config.do_sample and config.top_k is not None:
+        if config.do_sample and config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.do_sample and config.top_p is not None:
             self.warpers.append(TopPLogitsWarper(float(config.top_p)))
@@ -522,14 +582,16 @@ class TokenLogitsProcessor:
             is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             is_end[self.end_tokens] = True
             logits = logits.masked_fill(self.before_content[rows][..., None] & is_end, float("-inf"))
-        if not self.processors and not self.penalties:
+        if not self.given_processors and not self.processors and not self.penalties:
             return self.warpers(None, logits.flatten(0, 1)).view(logits.shape)
         before = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
+        first = torch.full((len(logits), 1), self.end_tokens[0], device=logits.device)
         has_ended = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
         processed = []
         for place in range(logits.shape[1]):
             # Behind the end too: a later step may move the end, and what is unmasked (MDD) stays
-            place_logits = self.processors(before, logits[:, place])
+            place_logits = self.given_processors(torch.cat([first, before], dim=1), logits[:, place])
+            place_logits = self.processors(before, place_logits)
             # Behind the end stands padding, which is no repetition
             place_logits = torch.where(has_ended, place_logits, self.penalties(before, place_logits))
             processed.append(self.warpers(before, place_logits))

@@ -349,6 +349,7 @@ def denoise(
     sampling_strategy: str = "argmax",
     process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     stability_threshold: int | None = None,
+    keep_rows: bool = False,
 ) -> Iterator[DenoisingStep]:
     r"""
     The inference loop of Section 3.2 with the guidance of Algorithm 1, a step at a time:
@@ -372,15 +373,18 @@ def denoise(
             From logits, the indices of their rows, and the step's [`TokenChoice`], to other logits of the same shape.
         stability_threshold (`int`, *optional*):
             A row whose tokens have not changed for so many steps is finished and leaves the loop.
+        keep_rows (`bool`, *optional*, defaults to `False`):
+            Whether finished rows are computed on, for a `process_logits` that must see all rows at each step.
 
     Yields:
-        [`DenoisingStep`]: after each prediction.
+        [`DenoisingStep`]: after each prediction, of the rows that were not finished.
     """
     timesteps = inference_timesteps(sampler.num_timesteps, len(guidance_scales))
     # 1. Start
     state = sampler.start()
     rows = torch.arange(len(state.tokens), device=state.tokens.device)
     previous, unchanged = None, torch.zeros_like(rows)
+    is_open = torch.ones_like(rows, dtype=torch.bool)
     for timestep, next_timestep, scale in zip(timesteps, timesteps[1:], guidance_scales):
         # 2a. Predict
         logits = network(state)
@@ -396,19 +400,20 @@ def denoise(
         tokens = choose(logits)
         log_probs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         prediction = Prediction(tokens, log_probs)
-        yield DenoisingStep(timestep, rows, logits, prediction)
+        step = (rows, logits, prediction)
+        yield DenoisingStep(timestep, *(select_rows(step, is_open) if keep_rows else step))
         if next_timestep == 0:
             return
         # 2d. Leave
         if stability_threshold is not None and previous is not None:
             unchanged = torch.where((tokens == previous).all(-1), unchanged + 1, 0)
-            keep = unchanged < stability_threshold
-            if not keep.any():
+            is_open = is_open & (unchanged < min(stability_threshold, len(timesteps)))
+            if not is_open.any():
                 return
-            if not keep.all():
+            if not keep_rows and not is_open.all():
                 for part in (network, sampler, numbers):
-                    part.select(keep)
-                rows, unchanged, prediction = select_rows((rows, unchanged, prediction), keep)
+                    part.select(is_open)
+                rows, unchanged, prediction, is_open = select_rows((rows, unchanged, prediction, is_open), is_open)
         previous = prediction.tokens
         # 2e. Re-noise
         state = sampler.step(prediction, next_timestep)
