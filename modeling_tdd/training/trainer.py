@@ -187,6 +187,11 @@ class TDDTrainer(Trainer):
             last = describe_last_checkpoint(folder.parent)
             raise OSError(f"{folder} could not be written, where {free}: {error}. {last}") from error
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.ema_decay == 0 and "holds_average" in self.optimizer.param_groups[0]:
+            raise ValueError(f"{checkpoint} holds the average of the weights. Resume it with its `ema_decay`, got 0.")
+
     def _load_best_model(self) -> None:
         self._hold_average()  # the best weights are an average, and take the place of this one
         super()._load_best_model()
