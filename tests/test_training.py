@@ -205,12 +205,9 @@ def test_values_out_of_range_are_refused_before_anything_runs(run_train: Callabl
     for change, field in (
         ("model.condition_dropout=2", "condition_dropout"),
         ("model.hidden_size=wide", "hidden_size"),
-        ("evaluation.guidance_scale=[0.5]", "`evaluation` must have .* scales of at least 1, got 1 and 0.5"),
     ):
         with pytest.raises((ValueError, StrictDataclassError), match=field):
             run_train("digits", "--set", change)
-    with pytest.raises(ValueError, match="`evaluation` must have steps in 1 ... 5 .*, got 10 and 1.0"):
-        run_train("digits", "--set", "model.num_timesteps=5", "evaluation.num_inference_steps=[5, 10]")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -107,7 +107,7 @@ def _feature_of_files(data: LabelData, split: str) -> Any:
     """What the files of a split say of its labels: `datasets` reads all parquet files by the features of the first."""
     if data.path == "digits":
         return None
-    builder = datasets.load_dataset_builder(data.path, data_files=data.data_files, data_dir=data.data_dir)
+    builder = _open_builder(data)
     if builder.name != "parquet":
         return None
     own = datasets.load_dataset_builder("parquet", data_files={split: builder.config.data_files[split]})
@@ -149,9 +149,8 @@ def _open_splits(data: ImageData, source: str, column: str) -> tuple[dict[str, R
             raise ValueError(f"`{data.path}` has no split {split!r}; it has {', '.join(found) or 'none'}.")
         features = found[split].features
         if missing := {data.image_column, source} - {*features, *features.flatten(max_depth=2)}:
-            raise ValueError(
-                f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {', '.join(features)}."
-            )
+            found_columns = ", ".join(features)
+            raise ValueError(f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {found_columns}.")
         splits[split] = _two_columns(found[split], data.image_column, source, column)
     return splits, builder
 

@@ -36,14 +36,6 @@ class EvaluationRecipe:
         counts = self.num_inference_steps if is_first_split else self.test_inference_steps or self.num_inference_steps
         return [{"num_inference_steps": n, "guidance_scale": scale} for scale in self.guidance_scale for n in counts]
 
-    def check(self, num_timesteps: int) -> None:
-        """Raises a `ValueError` for settings that a model with so many timesteps does not take."""
-        for settings in self.grid(True) + self.grid(False):
-            steps, scale = settings.values()
-            if not 1 <= steps <= num_timesteps or not scale >= 1:
-                allowed = f"steps in 1 ... {num_timesteps} and scales of at least 1"
-                raise ValueError(f"`evaluation` must have {allowed}, got {steps} and {scale}.")
-
 
 @dataclass
 class Recipe:
@@ -75,7 +67,7 @@ class Recipe:
         _check_values("training", self.training, _types_of(TDDTrainingArguments))
         # The types of a configuration's fields are its own matter: it checks them when it is made.
         _check_values("model", self.model, {f.name: Any for f in fields(TDDConfig)})
-        vision = self.model.get("vision_config") or {}
+        vision = self.model.get("vision_config") or {"model_type": "vit"}
         kind = vision.get("model_type", "vit") if isinstance(vision, dict) else vision
         if kind not in list(CONFIG_MAPPING):
             raise ValueError(f"`model.vision_config` must have a `model_type` that Transformers knows, got {kind!r}.")
@@ -114,9 +106,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             Changes such as `"training.num_train_epochs=5"`. Values are YAML. Paths start at the working directory.
 
     Raises:
-        `ValueError`: for an unknown task, section or key, a value of a wrong type, a missing section or key, an
-            override that is not `key=value`, a missing or invalid file, or a recipe that is its own base. The message
-            says what is allowed.
+        `ValueError`: for an unknown task, section or key, a value of a wrong type, a missing section, key or file, an
+            override that is not `key=value`, or a recipe that is its own base. The message says what is allowed.
     """
     path = Path(path)
     tree = _load_tree(path, ())

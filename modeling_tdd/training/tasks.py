@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    BaseImageProcessor,
-    EvalPrediction,
-    PreTrainedModel,
-    ProcessorMixin,
-    ViTImageProcessor,
-)
+from transformers import AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 from transformers.utils import logging
 
 from ..configuration_tdd import TDDConfig
@@ -25,14 +18,7 @@ from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, near
 from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from ..processing_tdd import TDDProcessor
-from .batches import (
-    CaptionCollator,
-    ImageCollator,
-    WordCollator,
-    build_mixup,
-    build_train_transform,
-    count_words,
-)
+from .batches import CaptionCollator, ImageCollator, WordCollator, build_mixup, build_train_transform, count_words
 from .data import caption_texts, leave_out_unknown, load_captions, load_labels
 from .features import AugmentedViews, cache_features
 from .recipe import Recipe
@@ -46,6 +32,7 @@ MIN_WORD_COUNT = 2  # an encoder learns the words that occur in so many training
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 Collator = Callable[[list[Any]], dict[str, Tensor]]
+Start = tuple[TDDPreTrainedModel, list[str]]  # a model, and its modules that are new: others are pretrained
 
 
 @dataclass
@@ -55,7 +42,7 @@ class Task:
 
     model: nn.Module
     saved: PreTrainedModel
-    processor: BaseImageProcessor | ProcessorMixin
+    processor: BaseImageProcessor | TDDProcessor
     train_data: Any
     eval_data: dict[str, Any]
     metrics: dict[str, Metrics]
@@ -71,15 +58,13 @@ def make_task(recipe: Recipe, method: str, feature_folder: Path) -> Task:
 
 
 def methods_of(recipe: Recipe) -> list[str]:
-    """The methods that a recipe can train or score; the first is its own. Its model and its evaluation are checked."""
+    """The methods that a recipe can train or score; the first is its own. Its model's fields are checked."""
     config = TDDConfig(**recipe.model)
     if recipe.task == "encoder":
         return ["encoder"]
     if recipe.checkpoint is not None:
         config = TDDConfig.from_pretrained(recipe.checkpoint, **recipe.model)
     methods = sorted(CORRUPTIONS, key=lambda method: CORRUPTIONS[method] != config.corruption)
-    if has_steps(recipe, methods[0]):
-        recipe.evaluation.check(config.num_timesteps)
     if recipe.checkpoint is not None:
         return methods[:1]
     if recipe.task == "captioning":
@@ -94,9 +79,6 @@ def has_steps(recipe: Recipe, method: str) -> bool:
     return method == "tdd" or (method == "mdd" and recipe.task == "captioning")
 
 
-# ---- Classification
-
-
 def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits, names = load_labels(recipe.data)
     train_data = splits.pop(recipe.data.train_split)
@@ -109,9 +91,6 @@ def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Ta
     mixup = build_mixup(recipe.augmentation, len(names))
     collators = (ImageCollator(processor, transform, mixup), ImageCollator(processor))
     return Task(model, model, processor, train_data, splits, dict.fromkeys(splits, top1), *collators, new_modules)
-
-
-# ---- Captioning
 
 
 def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
@@ -153,13 +132,11 @@ def cache_splits(
 ) -> dict[str, Dataset]:
     """The splits with the features of a frozen encoder in place of images. With several views the training features
     are those of augmented ones."""
-    cached = {}
-    for split, rows in splits.items():
-        views: Any = image_processor
-        if split == recipe.data.train_split and recipe.feature_views > 1:
-            views = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
-        cached[split] = cache_features(model, views, rows, folder)
-    return cached
+    augmented = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
+    views = {recipe.data.train_split: augmented} if recipe.feature_views > 1 else {}
+    return {
+        split: cache_features(model, views.get(split, image_processor), rows, folder) for split, rows in splits.items()
+    }
 
 
 def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
@@ -177,9 +154,6 @@ def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
     return scores
 
 
-# ---- Encoder
-
-
 def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits = load_captions(recipe.data)
     train_data = splits.pop(recipe.data.train_split)
@@ -194,9 +168,6 @@ def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     return Task(model, model.model.encoder, processor, train_data, splits, metrics, *collators)
 
 
-# ---- What the tasks share
-
-
 def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
     """The configuration's fields. They choose between TDD and MDD on the same network."""
     return {**recipe.model, "corruption": CORRUPTIONS[method]} if method in CORRUPTIONS else recipe.model
@@ -204,9 +175,8 @@ def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
 
 def start_model(
     model_class: type[TDDPreTrainedModel], recipe: Recipe, fields: dict[str, Any], new_modules: list[str]
-) -> tuple[TDDPreTrainedModel, list[str]]:
-    """The model of a checkpoint, on a pretrained encoder, or with random weights; and the names of its modules that
-    are new in a pretrained model."""
+) -> Start:
+    """The model of a checkpoint, on a pretrained encoder, whose `new_modules` are new, or with random weights."""
     if recipe.checkpoint is not None:
         return load_checkpoint(model_class, recipe.checkpoint, fields)
     if recipe.encoder is not None:
@@ -216,11 +186,8 @@ def start_model(
     return model_class(model_class.config_class(**fields)), []
 
 
-def load_checkpoint(
-    model_class: type[TDDPreTrainedModel], checkpoint: str, fields: dict[str, Any]
-) -> tuple[TDDPreTrainedModel, list[str]]:
-    """The model of a checkpoint, and its modules that are new. A classifier keeps label embedding and head where the
-    data have the labels of the checkpoint. Their rows are put in the order of the data."""
+def load_checkpoint(model_class: type[TDDPreTrainedModel], checkpoint: str, fields: dict[str, Any]) -> Start:
+    """A classifier keeps label embedding and head where the data have its labels, and gets rows in their order."""
     config = TDDConfig.from_pretrained(checkpoint)
     old = [config.id2label[index] for index in range(config.num_labels)]
     labels = list(fields.get("id2label", dict(enumerate(old))).values())
@@ -229,9 +196,9 @@ def load_checkpoint(
     own = {**fields, "id2label": config.id2label, "label2id": config.label2id}
     weights = model_class.from_pretrained(checkpoint, **own).state_dict()
     is_kept = sorted(labels) == sorted(old)
-    for name in [name for name in weights if name.startswith("classifier.") or "token_embedding." in name]:
-        rows = weights.pop(name)
-        weights |= {name: rows[[old.index(label) for label in labels]]} if is_kept else {}
+    heads = [name for name in weights if name.startswith("classifier.") or "token_embedding." in name]
+    rows = {name: weights.pop(name) for name in heads}
+    weights |= {name: rows[name][[old.index(label) for label in labels]] for name in heads if is_kept}
     theirs, ours = (f"{len(names)} labels ({', '.join(names[:5])} ...)" for names in (old, labels))
     what = "put in the order of the data" if is_kept else "initialised anew"
     logger.warning(f"{checkpoint} has {theirs}, the data {ours}: label embedding and classifier are {what}.")

@@ -4,7 +4,6 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +110,15 @@ class TDDTrainer(Trainer):
         return loader if is_stream else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        with self._evaluation_batches():
-            return super().get_eval_dataloader(eval_dataset)
+        return self._with_eval_collator(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        with self._evaluation_batches():
-            return super().get_test_dataloader(test_dataset)
+        return self._with_eval_collator(super().get_test_dataloader, test_dataset)
 
-    @contextmanager
-    def _evaluation_batches(self) -> Iterator[None]:
+    def _with_eval_collator(self, make: Callable[[Any], DataLoader], data: Any) -> DataLoader:
         collator, self.data_collator = self.data_collator, self.eval_collator
         try:
-            yield
+            return make(data)
         finally:
             self.data_collator = collator
 
