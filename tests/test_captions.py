@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageP
 
 from modeling_tdd import TDDModel
 from modeling_tdd.training.batches import Augmentation
-from modeling_tdd.training.data import CaptionData, load_captions
+from modeling_tdd.training.data import CaptionData, leave_out_unknown, load_captions
 from modeling_tdd.training.features import AugmentedViews, cache_features, features_fingerprint
 from modeling_tdd.training.recipe import load_recipe
 from modeling_tdd.training.tokenization import train_tokenizer
@@ -153,6 +153,31 @@ def test_a_split_without_a_valid_example_is_an_error(image_folder):
     (image_folder / "train/good.png").write_bytes(b"")
     with pytest.raises(ValueError, match="5 of 5 examples of 'train' are bad"):
         load_captions(CaptionData("imagefolder", data_dir=str(image_folder)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_that_teach_nothing_are_left_out_and_named(tmp_path, caplog, streaming):
+    captions = ["a cat", "zzz qqq", "a cat [EOS] and", "[PAD]", "a dog", "a zzz"]
+    table = {"image": [picture(index) for index in range(6)], "caption": captions}
+    for split in ("train", "validation"):
+        features = Features({"image": Image(), "caption": Value("string")})
+        Dataset.from_dict(table, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    tokenizer = train_tokenizer(["a cat and a dog"])
+    rows = load_captions(CaptionData("parquet", data_dir=str(tmp_path), streaming=streaming, num_examples=3))["train"]
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        rows = leave_out_unknown(rows, tokenizer, "train")
+        assert {example["captions"][0] for example in rows} == {"a cat", "a dog", "a zzz"}
+    assert caplog.text.count("no known word, or a special token, in") == 3
+    if not streaming:
+        assert rows[0]["image"].size == (16, 16)
+        assert "3 of 6 examples of 'train' are bad: row 1: no known word" in caplog.text
+
+
+def test_of_several_captions_the_good_ones_stay():
+    rows = Dataset.from_dict({"image": [picture()], "captions": [["zzz", "a cat", "[EOS]"]]})
+    rows = rows.cast_column("image", Image())
+    assert leave_out_unknown(rows, train_tokenizer(["a cat"]), "train")["captions"][:] == [["a cat"]]
 
 
 # ---- Tokenizer

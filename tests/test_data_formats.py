@@ -4,14 +4,16 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from samples import (
     CLASSES,
     grey,
     halve,
     noise_bytes,
+    picture_bytes,
     write_class_folders,
     write_coco,
     write_imagenet_parquet,
@@ -98,15 +100,91 @@ def test_a_stream_names_its_shards(tmp_path: Path) -> None:
     assert stream.num_examples == 11
 
 
-def test_integer_labels_need_their_number_and_stay_below_it(tmp_path: Path) -> None:
+def test_integer_labels_of_a_stream_need_their_number_and_stay_below_it(tmp_path: Path) -> None:
     write_webdataset(tmp_path)
     fields = {"path": "webdataset", "data_dir": str(tmp_path), "image_column": "jpg", "label_column": "cls"}
-    with pytest.raises(ValueError, match="'cls' must be a `datasets.ClassLabel`, or integers with `data.num_lab"):
-        load_labels(LabelData(**fields))
-    with pytest.raises(ValueError, match="'txt' must be a `datasets.ClassLabel`, or integers .*'string'"):
-        load_labels(LabelData(**{**fields, "label_column": "txt"}, num_labels=3))
+    stream = {"streaming": True, "num_examples": 12}
+    with pytest.raises(ValueError, match="'cls' must be a `datasets.ClassLabel`, integers with `data.num_lab"):
+        load_labels(LabelData(**fields, **stream))
+    with pytest.raises(ValueError, match="'txt' must be a `datasets.ClassLabel`, integers .*'string'"):
+        load_labels(LabelData(**{**fields, "label_column": "txt"}, num_labels=3, **stream))
     splits, _ = load_labels(LabelData(**fields, num_labels=2))
     assert set(splits["train"]["label"]) == set(splits["validation"]["label"]) == {0, 1}  # rows of label 2 are bad
+    with pytest.raises(ValueError, match="`data.num_labels` must be 12, as in the data, got 3"):
+        load_labels(LabelData(**{**fields, "label_column": "__key__"}, num_labels=3))
+
+
+def write_labels(folder: Path, feature: Any, **labels: list[Any]) -> LabelData:
+    """Parquet files of a split each, whose picture i has the label i of a list."""
+    folder.mkdir()
+    for split, values in labels.items():
+        own = feature[split] if isinstance(feature, dict) else feature
+        images = [{"bytes": picture_bytes(i), "path": None} for i in range(len(values))]
+        table = Dataset.from_dict(
+            {"image": images, "label": values}, features=Features({"image": Image(), "label": own})
+        )
+        table.to_parquet(folder / f"{split}.parquet")
+    return LabelData("parquet", data_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("feature", "train", "validation", "names", "codes"),
+    [
+        (Value("int64"), [10, 3, 5], [10, 7], ["3", "5", "7", "10"], [[3, 0, 1], [3, 2]]),
+        (Value("string"), ["dog", "cat", "dog"], ["cat", "cow"], ["cat", "cow", "dog"], [[2, 0, 2], [0, 1]]),
+        (Value("bool"), [True, False], [False], ["False", "True"], [[1, 0], [0]]),
+    ],
+    ids=["integers", "strings", "booleans"],
+)
+def test_plain_labels_are_found(
+    tmp_path: Path, feature: Value, train: list, validation: list, names: list[str], codes: list[list[int]]
+) -> None:
+    """All splits share the numbers, which follow the order of the labels: 3 before 10."""
+    splits, found = load_labels(write_labels(tmp_path / "data", feature, train=train, validation=validation))
+    assert found == names and [rows["label"][:] for rows in splits.values()] == codes
+
+
+def test_labels_of_no_use_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="'label' must be .* integers, strings or booleans, got Value\\('float64'\\)"):
+        load_labels(write_labels(tmp_path / "float", Value("float64"), train=[0.5, 1.0], validation=[1.0]))
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        splits, names = load_labels(
+            write_labels(tmp_path / "none", Value("string"), train=["a", None, "b"], validation=["a"])
+        )
+    assert names == ["a", "b"] and splits["train"]["label"][:] == [0, 1]
+    assert "1 of 3 examples of 'train' are bad: row 1: the label must be in a ... b, got None" in caplog.text
+
+
+@pytest.mark.parametrize("other", [["dog", "cat"], ["cat", "dog", "cow"], None], ids=["order", "names", "plain"])
+def test_splits_with_other_labels_are_refused(tmp_path: Path, other: list[str] | None) -> None:
+    """`datasets` reads the files of all splits by the features of the first, and so takes dogs for cats."""
+    features = {"train": ClassLabel(names=["cat", "dog"])}
+    features["validation"] = Value("int64") if other is None else ClassLabel(names=other)
+    data = write_labels(tmp_path / "data", features, train=[0, 1], validation=[0, 1])
+    with pytest.raises(ValueError, match="'validation' must have the labels of 'train' in their order, .*cat.*, got "):
+        load_labels(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("broken", ["not UTF-8", "no picture", "no first picture", "no sidecar"])
+def test_one_bad_member_is_one_bad_example_of_a_webdataset(tmp_path: Path, broken: str, streaming: bool) -> None:
+    for split in ("train", "validation"):
+        for shard in range(2):
+            members = {}
+            for i in range(4 * shard, 4 * shard + 4):
+                members |= {f"{i}.jpg": picture_bytes(i), f"{i}.txt": f"picture {i}".encode(), f"{i}.json": b"{}"}
+            if broken == "not UTF-8":
+                members[f"{4 * shard + 1}.txt"] = "café".encode("latin-1")
+            else:
+                place = 4 * shard + (broken != "no first picture")
+                del members[f"{place}.{'json' if broken == 'no sidecar' else 'jpg'}"]
+            write_tar(tmp_path / f"{split}-{shard}.tar", members)
+    fields = {"data_dir": str(tmp_path), "image_column": "jpg", "caption_column": "txt", "streaming": streaming}
+    splits = load_captions(CaptionData("webdataset", **fields, num_examples=12))
+    missing = {"no sidecar": set(), "no first picture": {0, 4}}.get(broken, {1, 5})
+    for rows in splits.values():
+        assert {grey(example["image"]) for example in rows} == set(range(8)) - missing
 
 
 def test_missing_splits_and_columns_are_named(tmp_path: Path) -> None:

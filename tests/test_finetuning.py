@@ -573,7 +573,8 @@ def test_paths_and_wrong_types_as_arguments(make_trainer: Callable, tmp_path: Pa
 def digits_checkpoint(tmp_path: Path) -> Path:
     """An untrained tiny classifier of ten digits."""
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = TDDConfig(vision_config=ViTConfig(image_size=8, patch_size=4, **size), num_labels=10, **size)
+    names = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
+    config = TDDConfig(vision_config=ViTConfig(image_size=8, patch_size=4, **size), **names, **size)
     folder = tmp_path / "digits"
     TDDForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 8, "width": 8}, do_convert_rgb=True).save_pretrained(folder)
@@ -640,7 +641,8 @@ def test_script_gives_an_image_folder_a_new_head_and_adapters(
             PILImage.new("RGB", (20, 14), colour).save(file)
     changes = (f"checkpoint={digits_checkpoint}", "data.data_dir=images", "data.eval_share=0.34")
     changes += ("lora={rank: 2, target: denoiser}", "training.learning_rate=0.01")
-    warning = "has 10 labels, but the data have 2: the label embedding and the classifier are initialised anew"
+    warning = "has 10 labels (0, 1, 2, 3, 4 ...), the data 2 labels (day, night ...): label embedding and classifier "
+    warning += "are initialised anew"
     run_train("finetune", "--set", *changes, *SHORT)
     assert warning in caplog.text
     folder = tmp_path / "outputs/finetune/tdd-seed0"
@@ -657,6 +659,79 @@ def test_script_gives_an_image_folder_a_new_head_and_adapters(
     assert not (folder / "adapter_config.json").exists()
     adapter = load_file(folder.with_name("tdd-seed0-adapter") / "adapter_model.safetensors")
     assert any("lora_A" in name for name in adapter) and any("classifier" in name for name in adapter)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"corruption": "mask"}], ids=str)
+def test_a_head_is_kept_where_the_names_of_the_labels_agree(
+    tmp_path: Path,
+    make_model: Callable,
+    pixel_values: Tensor,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+):
+    """In another order, its rows are moved. Other names, even as many, get a new head."""
+    names = ["a", "b", "c", "d", "e"]
+
+    def labels(names: list[str]) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+    old = make_model(**fields, **labels(names))
+    old.save_pretrained(tmp_path)
+    recipe = load_recipe(ROOT / "scripts/recipes/finetune.yaml", [f"checkpoint={tmp_path}"])
+    method = {"corruption": fields.get("corruption", "gaussian")}
+
+    def start(names: list[str]) -> tuple[TDDForImageClassification, list[str]]:
+        return start_model(TDDForImageClassification, recipe, {**method, **labels(names)}, [])
+
+    same, new_modules = start(names)
+    assert_equal(weights(same), weights(old))
+    assert new_modules == [] and caplog.text == ""
+
+    moved, new_modules = start(["e", "c", "a", "d", "b"])
+    assert moved.config.id2label[0] == "e" and new_modules == [] and "in the order of the data" in caplog.text
+    order, expected = [names.index(name) for name in ("e", "c", "a", "d", "b")], weights(old)
+    for name in expected:
+        if name.startswith("classifier.") or "token_embedding" in name:
+            expected[name] = expected[name][order]
+    assert_equal(weights(moved), expected)
+    if method["corruption"] == "mask":  # whose forward draws nothing
+        with torch.no_grad():
+            torch.testing.assert_close(moved.eval()(pixel_values).logits, old(pixel_values).logits[:, order])
+
+    other, new_modules = start(["a", "b", "c", "d", "f"])
+    assert new_modules == ["token_embedding", "classifier"] and "are initialised anew" in caplog.text
+    assert other.config.id2label[4] == "f" and not other.classifier.weight.equal(old.classifier.weight)
+    assert_equal(weights(other.model.encoder), weights(old.model.encoder))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (0, 0.9, "The state holds no average of the weights, as with `ema_decay=0`"),
+        (0.9, 0, "checkpoint-2 holds the average of the weights. Resume it with its `ema_decay`, got 0"),
+    ],
+)
+def test_a_run_does_not_resume_with_an_average_that_it_did_not_have(
+    make_trainer: Callable, first: float, second: float, message: str
+):
+    make_trainer(max_steps=2, save_steps=2, ema_decay=first).train()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(max_steps=4, ema_decay=second).train(resume_from_checkpoint=True)
+
+
+def test_script_trains_on_labels_that_are_strings(tmp_path: Path, digits_checkpoint: Path, run_train: Callable):
+    """Names of digits, in other splits and another order, keep the head of the checkpoint."""
+    (tmp_path / "data").mkdir()
+    for split, rows in load_digits_dataset().items():
+        rows = rows.select(range(40))
+        strings = rows.remove_columns("label").add_column("label", [str(label) for label in rows["label"]])
+        strings.to_parquet(tmp_path / f"data/{split}.parquet")
+    changes = (f"checkpoint={digits_checkpoint}", "data.path=parquet", "data.data_dir=data")
+    run_train("finetune", "--set", *changes, *SHORT)
+    model = TDDForImageClassification.from_pretrained(tmp_path / "outputs/finetune/tdd-seed0")
+    assert model.config.id2label == {i: str(i) for i in range(10)}
+    old = TDDForImageClassification.from_pretrained(digits_checkpoint)
+    torch.testing.assert_close(model.classifier.weight, old.classifier.weight, rtol=0, atol=0.01)
 
 
 def test_script_trains_a_captioner_from_an_encoder_and_then_on_other_data(tmp_path: Path, run_train: Callable):

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
@@ -23,7 +25,7 @@ import modeling_tdd  # noqa: F401 - registers the Auto classes
 from modeling_tdd import TDDConfig, TDDForImageClassification
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.averaging import AveragedAdamW
-from modeling_tdd.training.batches import build_mixup, build_train_transform
+from modeling_tdd.training.batches import Augmentation, build_mixup, build_train_transform
 from modeling_tdd.training.recipe import Recipe, load_recipe
 from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
 from modeling_tdd.training.tasks import methods_of
@@ -129,6 +131,29 @@ def test_overrides_change_nested_values():
     ("change", "message"),
     [
         ("training.epochs=5", "Unknown keys in `training`: epochs. Allowed: .*num_train_epochs"),
+        ("training.weight_decy=0", "Unknown keys in `training`: weight_decy. .* Did you mean `weight_decay`"),
+        ("model.hiden_size=32", "Unknown keys in `model`: hiden_size. .* Did you mean `hidden_size`"),
+        ("model.vision_config.hiden_size=32", "Unknown keys in `model.vision_config`: .* Did you mean `hidden_size`"),
+        ("model.vision_config.model_type=cnn", "`model.vision_config` must have a `model_type` that .*, got 'cnn'"),
+        ("image_processor.sizes=8", "Unknown keys in `image_processor`: sizes. .* Did you mean `size`"),
+        ("augmentation.flip=1", "Unknown keys in `augmentation`: flip. .* Did you mean `hflip`"),
+        ("evaluation.steps=[1]", "Unknown keys in `evaluation`: steps"),
+        ("data.num_lables=3", "Unknown keys in `data`: num_lables. .* Did you mean `num_labels`"),
+        ("training.learning_rate=fast", "`training.learning_rate` must be float, got 'fast'"),
+        ("training.batch_size=1.5", r"`training.batch_size` must be int \| None, got 1.5"),
+        ("training.num_train_epochs=true", "`training.num_train_epochs` must be float, got True"),
+        ("training=[1]", r"`recipe.training` must be .*dict.*, got \[1\]"),
+        ("model=5", "`recipe.model` must be .*dict.*, got 5"),
+        ("image_processor.resample=bicubic", "`image_processor.resample` must be .*, got 'bicubic'"),
+        ("augmentation.scale=[1]", r"`augmentation.scale` must be .*tuple.*, got \[1\]"),
+        ("evaluation.num_inference_steps=10", "`evaluation.num_inference_steps` must be .*list.*, got 10"),
+        ("data=digits", "`data` must be a mapping of names to values, got 'digits'"),
+        ("data.path=5", "`data.path` must be str, got 5"),
+        ("data.data_files=[a, b]", r"`data.data_files` must be .*, got \['a', 'b'\]"),
+        ("data.path.x=1", "`data.path.x` cannot be set: `path` is no section, but 'digits'"),
+        ("lora=5", "`lora` must be a mapping of names to values, got 5"),
+        ("checkpoint=[a]", r"`recipe.checkpoint` must be str \| None, got \['a'\]"),
+        ("training.seed=[", r"training.seed=\[ is not valid YAML"),
         ("trainer.epochs=5", "Unknown keys in `recipe`: trainer"),
         ("tokenizer.kind=bpe", "Unknown keys in `recipe`: tokenizer"),  # a classifier has none
         ("training.num_train_epochs", "must read `section.key=value`, got 'training.num_train_epochs'"),
@@ -143,6 +168,47 @@ def test_overrides_change_nested_values():
 def test_bad_overrides_are_named(change: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_recipe(DIGITS, [change])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi")),
+        "data: &data {path: digits, data_files: *data}",
+        "data: {path: digits}\nmodel: " + "[" * 600 + "]" * 600,
+        "- data",
+        "base: 3",
+        "data: {path: digits, path: digits}",
+    ],
+    ids=["aliases of aliases", "alias of itself", "depth", "list", "base", "twice"],
+)
+def test_a_hostile_recipe_ends_at_once(tmp_path: Path, text: str):
+    (tmp_path / "hostile.yaml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="hostile.yaml (must|is not valid YAML)"):
+        load_recipe(tmp_path / "hostile.yaml")
+    assert time.process_time() - start < 10  # a bomb takes hours
+
+
+def test_an_empty_section_is_a_default_and_relative_data_start_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(DIGITS, ["augmentation=", "data.data_dir=my_images", "data.data_files={train: a.parquet}"])
+    assert recipe.augmentation == Augmentation()
+    assert recipe.data.data_dir == str(tmp_path / "my_images")
+    assert recipe.data.data_files == {"train": str(tmp_path / "a.parquet")}
+
+
+def test_values_out_of_range_are_refused_before_anything_runs(run_train: Callable, tmp_path: Path):
+    for change, field in (
+        ("model.condition_dropout=2", "condition_dropout"),
+        ("model.hidden_size=wide", "hidden_size"),
+    ):
+        with pytest.raises((ValueError, StrictDataclassError), match=field):
+            run_train("digits", "--set", change)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_start_from_both_a_checkpoint_and_an_encoder_is_refused():
@@ -213,7 +279,7 @@ def test_the_methods_follow_from_the_recipe(make_model: Callable, tmp_path: Path
         assert methods_of(recipe_with("captioning", *changes)) == ["tdd", "mdd", "ar"]
     make_model(corruption="mask").save_pretrained(tmp_path)
     assert methods_of(load_recipe(ROOT / "scripts/recipes/finetune.yaml", [f"checkpoint={tmp_path}"])) == ["mdd"]
-    with pytest.raises(ValueError, match="`model.corruption` must be one of gaussian, mask, got 'blur'"):
+    with pytest.raises((ValueError, StrictDataclassError), match="`corruption` must be one of .*, got 'blur'"):
         methods_of(recipe_with("classification", "model.corruption=blur"))
 
 
@@ -244,6 +310,13 @@ def test_batch_size_is_reached_by_accumulation(arguments: Callable, capsys: pyte
         ({"base_learning_rate": 1e-3}, "`device_batch_size` and `base_learning_rate` need `batch_size`"),
         ({"device_batch_size": 4}, "`device_batch_size` and `base_learning_rate` need `batch_size`"),
         ({"label_smoothing_factor": 0.1}, "Set the model's `label_smoothing`"),
+        ({"max_grad_norm": -1}, "`max_grad_norm` must be at least 0, got -1"),
+        ({"weight_decay": -5}, "`weight_decay` must be at least 0, got -5"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be at least 0, got nan"),
+        ({"adam_beta2": 1.5}, r"`adam_beta2` must be in \[0, 1\), got 1.5"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be above 0, got 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` must be 'random'"),
+        ({"dataloader_drop_last": True}, "`dataloader_drop_last` must be `False`"),
     ],
 )
 def test_bad_settings_are_named(arguments: Callable, fields: dict[str, Any], message: str):

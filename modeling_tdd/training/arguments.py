@@ -69,12 +69,20 @@ class TDDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`mixed_precision` must be 'auto', 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
-        for name in ("batch_size", "device_batch_size", "cpu_threads", "num_train_epochs", "base_learning_rate"):
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "max_skipped_steps", "seed"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        names = ("batch_size", "device_batch_size", "cpu_threads", "num_train_epochs", "base_learning_rate")
+        for name in (*names, "per_device_train_batch_size", "per_device_eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
+        # They change the order of evaluations, or leave rows out, and training has its own order.
+        if self.train_sampling_strategy != "random" or self.dataloader_drop_last:
+            raise ValueError("`train_sampling_strategy` must be 'random', and `dataloader_drop_last` must be `False`.")
         if self.batch_size is None and (self.device_batch_size or self.base_learning_rate):
             raise ValueError("`device_batch_size` and `base_learning_rate` need `batch_size`.")
         if self.label_smoothing_factor > 0:

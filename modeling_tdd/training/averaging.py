@@ -83,3 +83,9 @@ class AveragedAdamW(torch.optim.AdamW):
 
     def eval(self) -> None:
         self.train(False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises a `ValueError` for the state of an optimiser without an average."""
+        if not all("holds_average" in group for group in state_dict["param_groups"]):
+            raise ValueError("The state holds no average of the weights, as with `ema_decay=0`. Resume with that.")
+        super().load_state_dict(state_dict)

@@ -3,18 +3,20 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image as PILImage
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batches import Example
@@ -68,15 +70,48 @@ class CaptionData(ImageData):
 
 def load_labels(data: LabelData) -> tuple[dict[str, Dataset | ImageStream], list[str]]:
     """Loads the training split, which is first, and the evaluation splits, with the columns `image` and `label`, and
-    the names of the labels. Those of plain integers are the numbers. With `data.streaming` the training split is an
-    [`ImageStream`]. Raises a `ValueError` if a split, a column, a valid example or the number of labels is missing."""
+    the names of the labels. Labels that are plain integers, strings or booleans are sorted, and their names are as
+    they are written. With `data.streaming` the training split is an [`ImageStream`]. Raises a `ValueError` if a split,
+    a column, a valid example or the number of labels is missing, or if splits have different labels."""
     splits, builder = _open_splits(data, data.label_column, "label")
+    values, names = _find_labels(data, splits)
+    codes = {value: index for index, value in enumerate(values)}
+    return _read_splits(data, splits, builder, partial(read_labelled, codes=codes)), names
+
+
+def _find_labels(data: LabelData, splits: dict[str, Rows]) -> tuple[list[Any], list[str]]:
+    """The labels as the data hold them, and their names. Both are the same for all splits."""
     feature = splits[data.train_split].features["label"]
-    names = feature.names if isinstance(feature, ClassLabel) else list(map(str, range(data.num_labels or 0)))
-    if not names or "int" not in getattr(feature, "dtype", ""):
-        needed = "a `datasets.ClassLabel`, or integers with `data.num_labels` given"
-        raise ValueError(f"The column {data.label_column!r} must be {needed}, got {feature}.")
-    return _read_splits(data, splits, builder, partial(read_labelled, num_labels=len(names))), names
+    names, dtype = getattr(feature, "names", None), getattr(feature, "dtype", "")
+    written = {split: getattr(_feature_of_files(data, split), "names", None) for split in splits}
+    for split, others in written.items():
+        if others != written[data.train_split]:
+            needed = f"the labels of {data.train_split!r} in their order, {written[data.train_split]}"
+            raise ValueError(f"{split!r} must have {needed}, got {others}.")
+    if "int" in dtype and data.num_labels and names is None:
+        names = list(map(str, range(data.num_labels)))
+    if names is not None:
+        values = list(range(len(names)))
+    elif data.streaming or not any(kind in dtype for kind in ("int", "string", "bool")):
+        needed = "a `datasets.ClassLabel`, integers with `data.num_labels` given or, in data that are not streamed,"
+        raise ValueError(f"{data.label_column!r} must be {needed} integers, strings or booleans, got {feature}.")
+    else:
+        values = sorted(set().union(*(rows.unique("label") for rows in splits.values())) - {None})
+        names = list(map(str, values))
+    if data.num_labels not in (None, len(names)):
+        raise ValueError(f"`data.num_labels` must be {len(names)}, as in the data, got {data.num_labels}.")
+    return values, names
+
+
+def _feature_of_files(data: LabelData, split: str) -> Any:
+    """What the files of a split say of its labels: `datasets` reads all parquet files by the features of the first."""
+    if data.path == "digits":
+        return None
+    builder = _open_builder(data)
+    if builder.name != "parquet":
+        return None
+    own = datasets.load_dataset_builder("parquet", data_files={split: builder.config.data_files[split]})
+    return own.as_streaming_dataset(split).features.flatten(max_depth=2).get(data.label_column)
 
 
 def load_captions(data: CaptionData) -> dict[str, Dataset | ImageStream]:
@@ -114,9 +149,8 @@ def _open_splits(data: ImageData, source: str, column: str) -> tuple[dict[str, R
             raise ValueError(f"`{data.path}` has no split {split!r}; it has {', '.join(found) or 'none'}.")
         features = found[split].features
         if missing := {data.image_column, source} - {*features, *features.flatten(max_depth=2)}:
-            raise ValueError(
-                f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {', '.join(features)}."
-            )
+            found_columns = ", ".join(features)
+            raise ValueError(f"`{data.path}` has no column {min(missing)!r} in {split!r}; it has {found_columns}.")
         splits[split] = _two_columns(found[split], data.image_column, source, column)
     return splits, builder
 
@@ -131,6 +165,29 @@ def _open_builder(data: ImageData) -> datasets.DatasetBuilder:
                 features = one.as_streaming_dataset("train").features
                 return datasets.load_dataset_builder(**arguments, features=features)
     return builder
+
+
+def _decode_member(content: bytes, decode: Callable[[bytes], Any]) -> Any:
+    """A text that is not UTF-8, or a broken JSON, is one missing value, and not the end of its archive."""
+    with suppress(Exception):
+        return decode(content)
+
+
+def _read_archive(path: str, members: Iterator[Any], read: Callable[..., Iterator[Row]]) -> Iterator[Row]:
+    """The examples of an archive with the fields of the first ones: pictures or sidecars may be missing."""
+    examples, first, problem = read(path, members), [], None
+    try:
+        first.extend(islice(examples, WebDataset.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
+    except Exception as error:  # what comes before the break is read
+        problem = error
+    names = dict.fromkeys(chain.from_iterable(first))
+    yield from ({name: example.get(name) for name in names} for example in chain(first, examples))
+    if problem is not None:
+        raise problem
+
+
+WebDataset.DECODERS = {name: partial(_decode_member, decode=decode) for name, decode in WebDataset.DECODERS.items()}
+WebDataset._get_pipeline_from_tar = partial(_read_archive, read=WebDataset._get_pipeline_from_tar)
 
 
 def _two_columns(rows: Rows, image: str, source: str, column: str) -> Rows:
@@ -174,7 +231,7 @@ def drop_bad_examples(data: Dataset, read: ReadExample, split: str, num_proc: in
     once, before training. So row numbers are stable, as cached features need, all processes see the same rows, and
     `datasets` caches the result. Raises a `ValueError` if no row is left."""
     (column,) = set(data.column_names) - {"image"}
-    feature = List(Value("string")) if column == "captions" else data.features[column]
+    feature = List(Value("string")) if column == "captions" else Value("int64")
     features = Features({column: feature, "problem": Value("string")})
     check = partial(_check_row, read=read, column=column)
     checked = data.map(
@@ -197,12 +254,13 @@ def _check_row(row: Row, index: int, read: ReadExample, column: str) -> Row:
     return {column: None if problem else example[column], "problem": problem and f"row {index}: {problem}"}
 
 
-def read_labelled(row: Row, num_labels: int) -> tuple[Example, str]:
-    """Makes an example of a row with a `label`, and says why it is bad, if it is."""
+def read_labelled(row: Row, codes: dict[Any, int]) -> tuple[Example, str]:
+    """Makes an example of a row with a `label`, whose number is in `codes`, and says why it is bad, if it is."""
     image, problem = read_image(row["image"])
-    if row["label"] is None or not 0 <= row["label"] < num_labels:
-        problem = f"the label must be in 0 ... {num_labels - 1}, got {row['label']}"
-    return {"image": image, "label": row["label"]}, problem
+    if row["label"] not in codes:
+        values = list(codes)
+        problem = f"the label must be in {values[0]} ... {values[-1]}, got {row['label']}"
+    return {"image": image, "label": codes.get(row["label"])}, problem
 
 
 def read_captioned(row: Row, lower_case: bool) -> tuple[Example, str]:
@@ -229,6 +287,28 @@ def clean_captions(captions: str | list[str | None] | None, lower_case: bool) ->
     captions = [captions] if isinstance(captions, str) else captions or []
     captions = [" ".join((caption or "").split()) for caption in captions]
     return [caption.lower() if lower_case else caption for caption in captions if caption]
+
+
+def leave_out_unknown(
+    rows: Dataset | ImageStream, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Dataset | ImageStream:
+    """Leaves out captions of which the tokenizer knows no word, or in which it finds a special token, such as a
+    written `[EOS]`. An example without another caption is bad."""
+    if isinstance(rows, Dataset):
+        return drop_bad_examples(rows, partial(_read_known, tokenizer=tokenizer), split)
+    rows.read = partial(_read_known, tokenizer=tokenizer, read=rows.read)
+    return rows
+
+
+def _read_known(row: Row, tokenizer: PreTrainedTokenizerBase, read: ReadExample | None = None) -> tuple[Example, str]:
+    example, problem = (row, "") if read is None else read(row)
+    if not problem:
+        captions, unknown = example["captions"], {tokenizer.unk_token_id}
+        specials = {*tokenizer.all_special_ids} - unknown | {tokenizer.eos_token_id}
+        tokens = map(set, tokenizer(captions, add_special_tokens=False, verbose=False)["input_ids"])
+        example["captions"] = [text for text, ids in zip(captions, tokens) if ids - unknown and not ids & specials]
+        problem = "" if example["captions"] else f"no known word, or a special token, in {captions}"
+    return example, problem
 
 
 def load_digits_dataset() -> DatasetDict:

@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    BaseImageProcessor,
-    EvalPrediction,
-    PreTrainedModel,
-    ProcessorMixin,
-    ViTImageProcessor,
-)
+from transformers import AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 from transformers.utils import logging
 
 from ..configuration_tdd import TDDConfig
@@ -25,15 +18,8 @@ from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, near
 from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from ..processing_tdd import TDDProcessor, saveable_image_processor
-from .batches import (
-    CaptionCollator,
-    ImageCollator,
-    WordCollator,
-    build_mixup,
-    build_train_transform,
-    count_words,
-)
-from .data import caption_texts, load_captions, load_labels
+from .batches import CaptionCollator, ImageCollator, WordCollator, build_mixup, build_train_transform, count_words
+from .data import caption_texts, leave_out_unknown, load_captions, load_labels
 from .features import AugmentedViews, cache_features
 from .recipe import Recipe
 from .tokenization import train_tokenizer
@@ -46,6 +32,7 @@ MIN_WORD_COUNT = 2  # an encoder learns the words that occur in so many training
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 Collator = Callable[[list[Any]], dict[str, Tensor]]
+Start = tuple[TDDPreTrainedModel, list[str]]  # a model, and its modules that are new: others are pretrained
 
 
 @dataclass
@@ -55,7 +42,7 @@ class Task:
 
     model: nn.Module
     saved: PreTrainedModel
-    processor: BaseImageProcessor | ProcessorMixin
+    processor: BaseImageProcessor | TDDProcessor
     train_data: Any
     eval_data: dict[str, Any]
     metrics: dict[str, Metrics]
@@ -71,15 +58,13 @@ def make_task(recipe: Recipe, method: str, feature_folder: Path) -> Task:
 
 
 def methods_of(recipe: Recipe) -> list[str]:
-    """The methods that a recipe can train or score. The first one is the recipe's own."""
+    """The methods that a recipe can train or score; the first is its own. Its model's fields are checked."""
+    config = TDDConfig(**recipe.model)
     if recipe.task == "encoder":
         return ["encoder"]
-    corruption = recipe.model.get("corruption", CORRUPTIONS["tdd"])
     if recipe.checkpoint is not None:
-        corruption = TDDConfig.from_pretrained(recipe.checkpoint).corruption
-    if corruption not in CORRUPTIONS.values():
-        raise ValueError(f"`model.corruption` must be one of {', '.join(CORRUPTIONS.values())}, got {corruption!r}.")
-    methods = sorted(CORRUPTIONS, key=lambda method: CORRUPTIONS[method] != corruption)
+        config = TDDConfig.from_pretrained(recipe.checkpoint, **recipe.model)
+    methods = sorted(CORRUPTIONS, key=lambda method: CORRUPTIONS[method] != config.corruption)
     if recipe.checkpoint is not None:
         return methods[:1]
     if recipe.task == "captioning":
@@ -94,63 +79,36 @@ def has_steps(recipe: Recipe, method: str) -> bool:
     return method == "tdd" or (method == "mdd" and recipe.task == "captioning")
 
 
-# ---- Classification
-
-
 def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits, names = load_labels(recipe.data)
-    fields = {
-        **model_fields(recipe, method),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-    model, new_modules = start_model(
-        TDDForImageClassification, recipe, fields, ["connector", "denoiser", "classifier"]
-    )
-    image_processor = load_image_processor(recipe)
-    transform = build_train_transform(recipe.augmentation, image_processor)
-    return Task(
-        model=model,
-        saved=model,
-        processor=image_processor,
-        train_data=splits.pop(recipe.data.train_split),
-        eval_data=splits,
-        metrics=dict.fromkeys(splits, top1),
-        collator=ImageCollator(image_processor, transform, build_mixup(recipe.augmentation, len(names))),
-        eval_collator=ImageCollator(image_processor),
-        new_modules=new_modules,
-    )
-
-
-# ---- Captioning
+    train_data = splits.pop(recipe.data.train_split)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    new_modules = ["connector", "denoiser", "classifier"]
+    fields = model_fields(recipe, method) | labels
+    model, new_modules = start_model(TDDForImageClassification, recipe, fields, new_modules)
+    processor = load_image_processor(recipe)
+    transform = build_train_transform(recipe.augmentation, processor)
+    mixup = build_mixup(recipe.augmentation, len(names))
+    collators = (ImageCollator(processor, transform, mixup), ImageCollator(processor))
+    return Task(model, model, processor, train_data, splits, dict.fromkeys(splits, top1), *collators, new_modules)
 
 
 def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits = load_captions(recipe.data)
     texts = caption_texts(splits[recipe.data.train_split])
     processor = load_processor(recipe, texts)
-    fields = {
-        "vocab_size": len(processor.tokenizer),
-        "pad_token_id": processor.tokenizer.pad_token_id,
-        "eos_token_id": processor.tokenizer.eos_token_id,
-        **model_fields(recipe, method),
-    }
+    splits = {split: leave_out_unknown(rows, processor.tokenizer, split) for split, rows in splits.items()}
+    tokens = {name: getattr(processor.tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+    fields = {"vocab_size": len(processor.tokenizer), **tokens, **model_fields(recipe, method)}
     model_class = AutoregressiveCaptioner if method == "ar" else TDDForCaptioning
     model, new_modules = start_model(model_class, recipe, fields, ["connector", "denoiser", "lm_head"])
     if is_cached(recipe):
         splits = cache_splits(recipe, model.model, processor.image_processor, splits, feature_folder)
     train_data = splits.pop(recipe.data.train_split)
-    return Task(
-        model=model,
-        saved=model,
-        processor=processor,
-        train_data=train_data,
-        eval_data=splits,
-        metrics={split: CaptionMetrics(processor, rows["captions"], texts) for split, rows in splits.items()},
-        collator=CaptionCollator(processor, build_train_transform(recipe.augmentation, processor.image_processor)),
-        eval_collator=CaptionCollator(processor),
-        new_modules=new_modules,
-    )
+    metrics = {split: CaptionMetrics(processor, rows["captions"], texts) for split, rows in splits.items()}
+    transform = build_train_transform(recipe.augmentation, processor.image_processor)
+    collators = (CaptionCollator(processor, transform), CaptionCollator(processor))
+    return Task(model, model, processor, train_data, splits, metrics, *collators, new_modules)
 
 
 def is_cached(recipe: Recipe) -> bool:
@@ -174,13 +132,11 @@ def cache_splits(
 ) -> dict[str, Dataset]:
     """The splits with the features of a frozen encoder in place of images. With several views the training features
     are those of augmented ones."""
-    cached = {}
-    for split, rows in splits.items():
-        views: Any = image_processor
-        if split == recipe.data.train_split and recipe.feature_views > 1:
-            views = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
-        cached[split] = cache_features(model, views, rows, folder)
-    return cached
+    augmented = AugmentedViews(recipe.augmentation, image_processor, recipe.feature_views)
+    views = {recipe.data.train_split: augmented} if recipe.feature_views > 1 else {}
+    return {
+        split: cache_features(model, views.get(split, image_processor), rows, folder) for split, rows in splits.items()
+    }
 
 
 def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
@@ -198,9 +154,6 @@ def score_nearest(recipe: Recipe, feature_folder: Path) -> list[dict[str, Any]]:
     return scores
 
 
-# ---- Encoder
-
-
 def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits = load_captions(recipe.data)
     train_data = splits.pop(recipe.data.train_split)
@@ -208,21 +161,11 @@ def make_encoder(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     config = TDDConfig(**recipe.model, id2label=dict(enumerate(counts)))
     model = WordClassifier(config, torch.tensor(list(counts.values())) / len(train_data))
     model.to(memory_format=torch.channels_last)  # convolutions are a tenth faster
-    image_processor = load_image_processor(recipe)
-    transform = build_train_transform(recipe.augmentation, image_processor)
-    return Task(
-        model=model,
-        saved=model.model.encoder,
-        processor=image_processor,
-        train_data=train_data,
-        eval_data=splits,
-        metrics=dict.fromkeys(splits, word_scores),
-        collator=WordCollator(image_processor, list(counts), transform),
-        eval_collator=WordCollator(image_processor, list(counts)),
-    )
-
-
-# ---- What the tasks share
+    processor, words = load_image_processor(recipe), list(counts)
+    transform = build_train_transform(recipe.augmentation, processor)
+    collators = (WordCollator(processor, words, transform), WordCollator(processor, words))
+    metrics = dict.fromkeys(splits, word_scores)
+    return Task(model, model.model.encoder, processor, train_data, splits, metrics, *collators)
 
 
 def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -232,25 +175,36 @@ def model_fields(recipe: Recipe, method: str) -> dict[str, Any]:
 
 def start_model(
     model_class: type[TDDPreTrainedModel], recipe: Recipe, fields: dict[str, Any], new_modules: list[str]
-) -> tuple[TDDPreTrainedModel, list[str]]:
-    """The model of a checkpoint, on a pretrained encoder, or with random weights; and the names of its modules that
-    are new in a pretrained model."""
+) -> Start:
+    """The model of a checkpoint, on a pretrained encoder, whose `new_modules` are new, or with random weights."""
     if recipe.checkpoint is not None:
-        config = TDDConfig.from_pretrained(recipe.checkpoint)
-        labels = fields.get("id2label")
-        if labels is None or len(labels) == config.num_labels:
-            return model_class.from_pretrained(recipe.checkpoint, **fields), []
-        logger.warning(
-            f"{recipe.checkpoint} has {config.num_labels} labels, but the data have {len(labels)}: the label "
-            "embedding and the classifier are initialised anew."
-        )
-        model = model_class.from_pretrained(recipe.checkpoint, ignore_mismatched_sizes=True, **fields)
-        return model, ["token_embedding", "classifier"]
+        return load_checkpoint(model_class, recipe.checkpoint, fields)
     if recipe.encoder is not None:
         return model_class.from_encoder_pretrained(recipe.encoder, **fields), new_modules
     if not recipe.model:
         raise ValueError("The recipe has nothing to start from: give `checkpoint`, `encoder` or `model`.")
     return model_class(model_class.config_class(**fields)), []
+
+
+def load_checkpoint(model_class: type[TDDPreTrainedModel], checkpoint: str, fields: dict[str, Any]) -> Start:
+    """A classifier keeps label embedding and head where the data have its labels, and gets rows in their order."""
+    config = TDDConfig.from_pretrained(checkpoint)
+    old = [config.id2label[index] for index in range(config.num_labels)]
+    labels = list(fields.get("id2label", dict(enumerate(old))).values())
+    if labels == old:
+        return model_class.from_pretrained(checkpoint, **fields), []
+    own = {**fields, "id2label": config.id2label, "label2id": config.label2id}
+    weights = model_class.from_pretrained(checkpoint, **own).state_dict()
+    is_kept = sorted(labels) == sorted(old)
+    heads = [name for name in weights if name.startswith("classifier.") or "token_embedding." in name]
+    rows = {name: weights.pop(name) for name in heads}
+    weights |= {name: rows[name][[old.index(label) for label in labels]] for name in heads if is_kept}
+    theirs, ours = (f"{len(names)} labels ({', '.join(names[:5])} ...)" for names in (old, labels))
+    what = "put in the order of the data" if is_kept else "initialised anew"
+    logger.warning(f"{checkpoint} has {theirs}, the data {ours}: label embedding and classifier are {what}.")
+    model = model_class(TDDConfig.from_pretrained(checkpoint, **fields))
+    model.load_state_dict(weights, strict=False)
+    return model, [] if is_kept else ["token_embedding", "classifier"]
 
 
 def load_image_processor(recipe: Recipe) -> BaseImageProcessor:

@@ -4,7 +4,6 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +112,15 @@ class TDDTrainer(Trainer):
         return loader if is_stream else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        with self._evaluation_batches():
-            return super().get_eval_dataloader(eval_dataset)
+        return self._with_eval_collator(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        with self._evaluation_batches():
-            return super().get_test_dataloader(test_dataset)
+        return self._with_eval_collator(super().get_test_dataloader, test_dataset)
 
-    @contextmanager
-    def _evaluation_batches(self) -> Iterator[None]:
+    def _with_eval_collator(self, make: Callable[[Any], DataLoader], data: Any) -> DataLoader:
         collator, self.data_collator = self.data_collator, self.eval_collator
         try:
-            yield
+            return make(data)
         finally:
             self.data_collator = collator
 
@@ -190,6 +186,11 @@ class TDDTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             last = describe_last_checkpoint(folder.parent)
             raise OSError(f"{folder} could not be written, where {free}: {error}. {last}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.ema_decay == 0 and "holds_average" in self.optimizer.param_groups[0]:
+            raise ValueError(f"{checkpoint} holds the average of the weights. Resume it with its `ema_decay`, got 0.")
 
     def _load_best_model(self) -> None:
         self._hold_average()  # the best weights are an average, and take the place of this one
