@@ -200,7 +200,7 @@ SPLITS = ("validation", "test_combo")
 
 def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -338,7 +338,7 @@ def test_script_trains_an_encoder_that_transformers_and_tdd_load(tmp_path):
     ]
     narrow = ["model.vision_config.model_args.channels=[8, 8, 16, 16]", "training.batch_size=32"]
     command = [sys.executable, str(SCRIPT), str(RECIPE), "--set", *settings, *narrow, *files]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation" in done.stdout
 

@@ -15,7 +15,7 @@ def run_probe(folder: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = Path(__file__).with_name("fsdp_probe.py")
-    done = subprocess.run([*command, program, folder], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, program, folder], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

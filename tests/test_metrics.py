@@ -46,7 +46,7 @@ def test_modules_load_by_path_without_the_package_or_a_network(tmp_path: Path) -
     options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **options) for _ in range(2)]
     for process in processes:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors
         assert output.split() == ["0.5"] * 20
 

@@ -110,7 +110,7 @@ class Client:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
-        assert self.process.wait(timeout=60) == 0
+        assert self.process.wait(timeout=600) == 0
 
 
 @pytest.fixture(scope="module")

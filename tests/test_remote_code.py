@@ -77,7 +77,7 @@ def run_without_package(tmp_path: Path, *args: str) -> subprocess.CompletedProce
         env=environment,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
-        timeout=300,
+        timeout=1200,
     )
 
 

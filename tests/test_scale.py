@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "scripts/accelerate").glob("*.yaml"))
 NUM_STEPS = 20
 DEVICE_BATCHES = NUM_STEPS * tiny_training.BATCH_SIZE // tiny_training.DEVICE_BATCH_SIZE
-TIMEOUT = 300
+TIMEOUT = 1200  # a process that hangs, and not a busy machine
 
 # A forked process has all imports done: a run takes a second, and dies alone.
 fork = multiprocessing.get_context("fork")

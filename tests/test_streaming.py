@@ -225,7 +225,7 @@ def test_two_processes_have_disjoint_shares_and_equally_many_batches(tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SHARES [0, 1, 2, 3, 4, 8, 9] [6, 6] 0 7" in done.stdout
     assert done.stderr.count("Skipped: ") == 7  # four problems, some of which are met again
@@ -251,7 +251,7 @@ def test_captioning_script_trains_on_a_broken_stream_to_its_end(tmp_path):
     ]
     script, recipe = ROOT / "scripts/train.py", ROOT / "scripts/recipes/emoji.yaml"
     command = [sys.executable, str(script), str(recipe), "--set", *settings]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Skipped: " in done.stderr and "train-000002.tar: broken" in done.stderr
     state = json.loads((tmp_path / "outputs/emoji/tdd-seed0-training/trainer_state.json").read_text())

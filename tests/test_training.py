@@ -604,10 +604,25 @@ def test_script_runs_in_two_processes(tmp_path: Path):
     launcher = ("accelerate.commands.launch", "--config_file", str(ROOT / "scripts/accelerate/cpu_2.yaml"))
     command = [sys.executable, "-m", *launcher, str(ROOT / "scripts/train.py"), DIGITS, "--seeds", "5", "--set"]
     command += ["training.mixed_precision=no", *SHORT, *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("2 process(es) on cpu, float32: batch size 64 = 32 x 2 x 1") == 1
     assert done.stdout.count("### validation") == 1
     result = json.loads((tmp_path / "outputs/digits/tdd-seed5/result.json").read_text())
     # The accuracy is over all 360 held-out images, each counted once, however they are shared between processes.
     assert (result["scores"][0]["top1"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("faster", "bf16"), [(True, True), (False, False)])
+def test_automatic_precision_is_the_faster_one_for_the_network(tmp_path, make_model, monkeypatch, faster, bf16):
+    """As on a CPU with AMX, which is slower in bf16 with a tiny network."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    times = iter([[2.0], [1.0 if faster else 3.0]])  # of float32 and of bf16
+    monkeypatch.setattr(
+        "modeling_tdd.training.arguments.timeit.repeat", lambda product, number: (product(), next(times))[1]
+    )
+    args = TDDTrainingArguments(str(tmp_path), report_to="none")
+    assert args.bf16
+    trainer = TDDTrainer(make_model(), args)
+    assert args.bf16 == bf16 and trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+    assert not TDDTrainingArguments(str(tmp_path), report_to="none", mixed_precision="no").bf16

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +17,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..processing_tdd import saveable_image_processor
-from .arguments import TDDTrainingArguments
+from .arguments import TDDTrainingArguments, fast_precision
 from .averaging import AveragedAdamW
 from .batches import TrainingRows
 from .callbacks import (
@@ -64,6 +65,10 @@ class TDDTrainer(Trainer):
         eval_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         **kwargs: Any,
     ):
+        if args.bf16 and args.is_precision_free:
+            slower = torch.tensor(float(fast_precision(model) == "no"), device=args.device)
+            if reduce(slower, "sum") > 0:  # in any process, since all need the same
+                args.bf16, args.mixed_precision = False, "no"
         self.finite_steps, self.stop, self.meter = FiniteStepsCallback(), StopCallback(), MeterCallback()
         ours = [SeedCallback(), self.finite_steps, self.stop, self.meter]
         callbacks = [*(kwargs.pop("callbacks", None) or []), *ours]
