@@ -417,3 +417,15 @@ def test_text_streamers(
     printed = capsys.readouterr().out
     new_text = processor.decode(sequences[0, 2:], skip_special_tokens=True)
     assert printed.endswith(new_text + "\n") and printed.count("\033[33m") == 4  # drafts are yellow
+
+
+@pytest.mark.parametrize("task", ["image-captioning", "image-text-to-text"])
+def test_a_tokenizer_of_another_model_is_refused(
+    folder: str, processor: TDDProcessor, make_captioner: Callable[..., TDDForCaptioning], task: str
+) -> None:
+    make_captioner(vocab_size=len(WORDS) - 1).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"The tokenizer has {len(WORDS)} tokens, and the model's `vocab_size` is"):
+        pipeline(task, model=folder)
+    make_captioner(vocab_size=len(WORDS), eos_token_id=3).save_pretrained(folder)
+    with pytest.raises(ValueError, match="The tokenizer's `eos_token_id` is 2, and the model's is 3"):
+        pipeline(task, model=folder)

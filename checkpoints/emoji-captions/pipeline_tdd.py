@@ -50,6 +50,11 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
     # save the parts of a processor without it.
     processor: TDDProcessor
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As in the parent class. Raises a `ValueError` for a tokenizer that does not fit the model."""
+        super().__init__(*args, **kwargs)
+        self.model.check_tokenizer(self.tokenizer)
+
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """As in the parent class. Raises a `ValueError` for a text without an image."""
         if images is None and (isinstance(text, str) or (text and isinstance(text[0], str))):
