@@ -7,8 +7,6 @@
 """
 
 import argparse
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from modeling_tdd import TDDConfig, TDDForCaptioning, TDDForImageClassification
-from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
+from modeling_tdd.evaluation.cost import Model, device_memory, measure_step, training_cost
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.batches import build_train_transform
@@ -54,29 +52,6 @@ def make_model(recipe: Recipe, recipe_folder: Path) -> Model:
         return model_class(TDDConfig(**fields))
 
 
-def measure_step(model: Model, images: int, size: tuple[int, int], args: TDDTrainingArguments) -> float:
-    """Seconds of a training step with one device batch, in float32, of a new model that is configured as `model`."""
-    config, device = model.config, args.device
-    model = type(model)(config).to(device).train()
-    optimizer_class = AveragedAdamW if args.ema_decay > 0 else torch.optim.AdamW
-    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], fused=True)
-    shape = (images,) if config.vocab_size is None else (images, config.max_position_embeddings)
-    batch = {"labels": torch.randint(config.num_categories, shape, device=device)}
-    batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *size, device=device)
-    if config.freeze_encoder:  # training reads the features from disk
-        batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/table1/tdd_vit_b16.yaml")
@@ -102,7 +77,8 @@ def main() -> None:
     print(f"    of these {activations / 2**30:.2f} GiB are activations in {dtype}, the rest is float32")
     if args.measure:
         settings = TDDTrainingArguments(**{**recipe.training, "mixed_precision": "no"})
-        rate = operations / measure_step(model, images, size, settings)
+        optimizer = AveragedAdamW if settings.ema_decay > 0 else torch.optim.AdamW
+        rate = operations / measure_step(model, images, size, optimizer, settings.device)
         print("this machine: measured now, in float32")
     else:
         rate = peak / 3

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessor
 
 from modeling_tdd import TDDConfig, TDDForImageClassification
-from modeling_tdd.evaluation.cost import Model, device_memory, training_cost
-from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.evaluation.cost import Model, device_memory, measure_step, training_cost
+from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.recipe import load_recipe
 
 
@@ -152,10 +152,10 @@ def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_confi
     large = make_model(**fields, num_hidden_layers=4)
     steps = ((small, 64), (large, 128))
     operations = [training_cost(model, images, (16, 16))[0] for model, images in steps]
-    args = TDDTrainingArguments(mixed_precision="no", use_cpu=True)
+    device = torch.device("cpu")
     ratios = []
     for _ in range(3):
-        seconds = [estimate.measure_step(model, images, (16, 16), args) for model, images in steps]
+        seconds = [measure_step(model, images, (16, 16), AveragedAdamW, device) for model, images in steps]
         ratios.append(operations[1] / operations[0] * seconds[0] / seconds[1])
         if 0.75 < ratios[-1] < 1.25:
             return

@@ -626,3 +626,9 @@ def test_automatic_precision_is_the_faster_one_for_the_network(tmp_path, make_mo
     trainer = TDDTrainer(make_model(), args)
     assert args.bf16 == bf16 and trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
     assert not TDDTrainingArguments(str(tmp_path), report_to="none", mixed_precision="no").bf16
+
+
+def test_more_steps_than_timesteps_are_refused_before_training(run_train, tmp_path):
+    with pytest.raises(ValueError, match="`evaluation.num_inference_steps` must be at most `num_timesteps`, got 50"):
+        run_train("digits", "--set", "model.num_timesteps=20", "training.num_train_epochs=1")
+    assert not list(tmp_path.glob("outputs/digits/tdd-seed0-training/checkpoint-*"))

@@ -1,12 +1,15 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """The cost of a training step. PyTorch counts it on tensors that have shapes but no memory."""
 
+import statistics
+import time
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..loss_tdd import diffusion_loss
@@ -76,3 +79,27 @@ def _count_step(model: Model, pixels: Tensor, dtype: torch.dtype) -> tuple[int, 
         operations -= encoder_counter.get_total_flops()
     kept -= {p.untyped_storage() for p in model.parameters()}
     return operations, sum(storage.nbytes() for storage in kept)
+
+
+def measure_step(
+    model: Model, images: int, size: tuple[int, int], optimizer_class: type[Optimizer], device: torch.device
+) -> float:
+    """Seconds of a training step with one device batch, in float32, of a new model that is configured as `model`."""
+    config = model.config
+    model = type(model)(config).to(device).train()
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], fused=True)
+    shape = (images,) if config.vocab_size is None else (images, config.max_position_embeddings)
+    batch = {"labels": torch.randint(config.num_categories, shape, device=device)}
+    batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *size, device=device)
+    if config.freeze_encoder:  # training reads the features from disk
+        batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
