@@ -280,6 +280,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     check_full_disk(tmp_path, until_step_3)
 
 
+@pytest.mark.skipif(not can_mount(), reason="this system lets no user mount a file system of their own")
+@pytest.mark.skipif(not is_tensorboard_available(), reason="TensorBoard is not installed")
+def test_a_disk_that_is_full_of_logs_is_named(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    disc = tmp_path_factory.mktemp("disc")
+    settings = {"report_to": "tensorboard", "save_strategy": "no", "logging_steps": 1, "num_train_epochs": 60}
+    command = f"{sys.executable} {tiny_training.__file__} {disc} '{json.dumps(settings)}' > {tmp_path}/output.txt 2>&1"
+    script = f"mount -t tmpfs -o size=96k tmpfs {disc} && {command}"
+    done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], timeout=2 * TIMEOUT)
+    assert done.returncode == 1
+    assert f"The log in {disc} could not be written: [Errno 28] No space left" in output(tmp_path), output(tmp_path)
+    assert "There is no earlier checkpoint." in output(tmp_path)
+
+
 # ---- Evaluation
 
 

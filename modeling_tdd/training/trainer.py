@@ -171,7 +171,12 @@ class TDDTrainer(Trainer):
             logs |= self.meter.values(step_size) | {"skipped_steps": self.finite_steps.skipped}
             if hasattr(self.train_dataset, "skipped"):
                 logs["skipped_examples"] = self.train_dataset.skipped
-        super().log(logs, start_time)
+        try:
+            super().log(logs, start_time)
+        except OSError as error:  # TensorBoard's, on a full disk
+            folder = self.args.output_dir
+            message = f"The log in {folder} could not be written: {error}. {describe_last_checkpoint(folder)}"
+            raise OSError(message) from error
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """Saves the average of the weights. In a checkpoint the optimiser's state holds the weights that train."""
