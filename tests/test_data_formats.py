@@ -1,13 +1,17 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Every data format of the paper's data sets, streamed and from local folders, whole and broken."""
 
+import io
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
 from samples import (
     CLASSES,
     grey,
@@ -234,4 +238,16 @@ def test_rejected_rows_of_a_stream(tmp_path: Path) -> None:
     fields = {"data_dir": str(tmp_path), "image_column": "jpg", "caption_column": "txt"}
     stream = load_captions(CaptionData("webdataset", **fields, streaming=True, num_examples=8))["train"]
     problems = [stream.read(row)[1] for _, row in stream._read(stream.rows, [1], pytest.fail)]
-    assert problems == ["unreadable image 0.jpg (UnidentifiedImageError)", "no caption", "no image"]
+    assert problems == ["unreadable image 0.jpg (UnidentifiedImageError)", "no caption in UTF-8", "no image"]
+
+
+def test_a_caption_of_a_table_that_is_not_utf_8_is_skipped_and_named(tmp_path: Path, caplog) -> None:
+    picture = io.BytesIO()
+    PILImage.new("RGB", (4, 4)).save(picture, "PNG")
+    captions = pa.array([b"a cat", b"\xff\xfe", b"a dog"], pa.binary()).cast(pa.string(), safe=False)
+    images = pa.array([{"bytes": picture.getvalue(), "path": None}] * 3)
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "train.parquet")
+    files = {split: str(tmp_path / "train.parquet") for split in ("train", "validation")}
+    splits = load_captions(CaptionData(path="parquet", data_files=files))
+    assert [row["captions"] for row in splits["train"]] == [["a cat"], ["a dog"]]
+    assert "1 of 3 examples of 'train' are bad: row 1: no caption in UTF-8" in caplog.text

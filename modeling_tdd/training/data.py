@@ -117,10 +117,13 @@ def _feature_of_files(data: LabelData, split: str) -> Any:
 def load_captions(data: CaptionData) -> dict[str, Dataset | ImageStream]:
     """As [`load_labels`], with the columns `image` and `captions`, a list of at least one string."""
     splits, builder = _open_splits(data, data.caption_column, "captions")
-    for rows in splits.values():
+    for split, rows in splits.items():
         feature = rows.features["captions"]
         if getattr(feature, "feature", feature) not in (Value("string"), Value("large_string"), Value("null")):
             raise ValueError(f"Column {data.caption_column!r} must hold strings or lists of strings, got {feature}.")
+        if isinstance(rows, Dataset):  # as bytes: a table with a string that is not UTF-8 could not be read at all
+            kind = List(Value("binary")) if hasattr(feature, "feature") else Value("binary")
+            splits[split] = rows.cast_column("captions", kind)
     return _read_splits(data, splits, builder, partial(read_captioned, lower_case=data.lower_case))
 
 
@@ -267,7 +270,7 @@ def read_captioned(row: Row, lower_case: bool) -> tuple[Example, str]:
     """Likewise of a row with `captions`, a string or a list of strings."""
     image, problem = read_image(row["image"])
     captions = clean_captions(row["captions"], lower_case)
-    return {"image": image, "captions": captions}, problem if captions else "no caption"
+    return {"image": image, "captions": captions}, problem if captions else "no caption in UTF-8"
 
 
 def read_image(image: Row | None) -> tuple[PILImage.Image | None, str]:
@@ -282,11 +285,12 @@ def read_image(image: Row | None) -> tuple[PILImage.Image | None, str]:
         return None, f"unreadable image {image['path'] or ''} ({type(error).__name__})"
 
 
-def clean_captions(captions: str | list[str | None] | None, lower_case: bool) -> list[str]:
-    """The captions that are not empty, with single spaces."""
-    captions = [captions] if isinstance(captions, str) else captions or []
+def clean_captions(captions: str | bytes | list[str | bytes | None] | None, lower_case: bool) -> list[str]:
+    """The captions in UTF-8 that are not empty, with single spaces."""
+    captions = [captions] if isinstance(captions, (str, bytes)) else captions or []
+    captions = [caption.decode(errors="replace") if isinstance(caption, bytes) else caption for caption in captions]
     captions = [" ".join((caption or "").split()) for caption in captions]
-    return [caption.lower() if lower_case else caption for caption in captions if caption]
+    return [text.lower() if lower_case else text for text in captions if text and "\ufffd" not in text]
 
 
 def leave_out_unknown(
