@@ -169,7 +169,11 @@ def test_broken_data_are_named(tmp_path, caplog):
         read_ids(loader)
     assert caplog.text.count("Skipped: ") == loader.dataset.skipped >= 4
     assert "train-000002.tar: broken after 2 examples (ReadError: unexpected end of data)" in caplog.text
-    for index, problem in [(1, "unreadable image 000000005.jpg (OSError)"), (2, "no image"), (3, "no caption in UTF-8")]:
+    for index, problem in [
+        (1, "unreadable image 000000005.jpg (OSError)"),
+        (2, "no image"),
+        (3, "no caption in UTF-8"),
+    ]:
         assert f"train-000001.tar, example {index}: {problem}\n" in caplog.text
 
 
