@@ -229,6 +229,13 @@ def check_given(**values: Any) -> None:
             check(name, value)
 
 
+def suggest(names: Iterable[Any], known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`" Did you mean `size`?"`: the known names that are most like unknown ones, or nothing if none is."""
+    known = list(known)
+    near = [f"`{found}`" for name in names for found in difflib.get_close_matches(str(name), known, 1, cutoff)]
+    return f" Did you mean {', '.join(near)}?" if near else ""
+
+
 def check_names(names: Iterable[str], known: Iterable[str], what: str, cutoff: float = 0.0) -> None:
     r"""
     Raises a `ValueError` for names that are not known, with the nearest one that is.
@@ -242,10 +249,10 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str, cutoff: f
     known = list(known)
     for name in names:
         if name not in known and not str(name).startswith("_"):
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=max(cutoff, 0.6))
-            hint = f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(sorted(known))}."
-            if near or not cutoff:
-                raise ValueError(f"{what} has no `{name}`. {hint}")
+            hint = suggest([name], known, max(cutoff, 0.6))
+            if hint or not cutoff:
+                hint = hint or f" Known are {', '.join(sorted(known))}."
+                raise ValueError(f"{what} has no `{name}`.{hint}")
 
 
 def refuse_given(reason: str, **values: Any) -> None:
@@ -309,4 +316,5 @@ __all__ = [
     "read_object",
     "refuse_given",
     "shorten",
+    "suggest",
 ]

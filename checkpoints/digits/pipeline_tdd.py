@@ -5,7 +5,6 @@ Transformers 5 dropped."""
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers.pipelines.base import pad_collate_fn
 from .generation_configuration_tdd import TDDGenerationConfig
 from .images_tdd import KINDS, check_image, is_image, list_images, open_image
 from .processing_tdd import TDDProcessor
+from .settings_tdd import suggest
 
 
 # The entry for a captioner's config.json, in Transformers' format
@@ -74,8 +74,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
             if name in GENERATION_NAMES:
                 generate_kwargs[name] = kwargs.pop(name)
             elif name not in names and self.processor.chat_template is None:  # such a template takes any name
-                nearest = get_close_matches(name, names, 1)
-                hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+                hint = suggest([name], names)
                 raise ValueError(f"`{name}` is no argument of this pipeline, of `generate` or of the processor.{hint}")
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs or None, **kwargs)
 

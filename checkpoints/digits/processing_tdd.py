@@ -2,7 +2,6 @@
 """Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
 
 import math
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import logging
 
 from .images_tdd import list_images, open_image
+from .settings_tdd import suggest
 
 
 logger = logging.get_logger(__name__)
@@ -167,10 +167,10 @@ class TDDProcessor(ProcessorMixin):
 
     def _check_names(self, kwargs: dict[str, Any]) -> None:
         """Transformers ignores an unknown argument with a warning."""
+        known = self.argument_names
         for name, value in kwargs.items():
-            if name not in self.argument_names and not (name in ("audio", "videos") and value is None):
-                nearest = get_close_matches(name, self.argument_names, 1)
-                hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+            if name not in known and not (name in ("audio", "videos") and value is None):
+                hint = suggest([name], known)
                 raise ValueError(f"`{name}` is no argument of the processor, image processor or tokenizer.{hint}")
 
     @staticmethod

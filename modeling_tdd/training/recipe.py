@@ -4,7 +4,6 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from transformers import CONFIG_MAPPING, ViTImageProcessor, image_utils
 
 from ..configuration_tdd import TDDConfig
+from ..settings_tdd import suggest
 from .arguments import TDDTrainingArguments
 from .batches import Augmentation
 from .data import CaptionData, LabelData
@@ -209,8 +209,7 @@ def _check_values(where: str, values: Any, types: dict[str, Any]) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"`{where}` must be a mapping of names to values, got {values!r}.")
     if unknown := sorted(set(map(str, values)) - types.keys()):
-        nearest = [f"`{near}`" for name in unknown for near in get_close_matches(name, types, 1)]
-        hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+        hint = suggest(unknown, types)
         raise ValueError(f"Unknown keys in `{where}`: {', '.join(unknown)}. Allowed: {', '.join(types)}.{hint}")
     for name, value in values.items():
         for given in (value, _as_float(value)):
