@@ -52,7 +52,8 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> 
         check_same_run(training_folder / "run.json", result)
         set_seed(seed)
         task = make_task(recipe, method, folder.parent / "features")
-    steps = max(recipe.evaluation.num_inference_steps) if has_steps(recipe, method) else 1
+    grids = [recipe.evaluation.grid(is_first) for is_first in (True, False)] if has_steps(recipe, method) else []
+    steps = max((settings["num_inference_steps"] for grid in grids for settings in grid), default=1)
     if steps > task.model.config.num_timesteps:  # and not after hours of training
         raise ValueError(f"`evaluation.num_inference_steps` must be at most `num_timesteps`, got {steps}.")
     trainer = make_trainer(recipe, task, args)

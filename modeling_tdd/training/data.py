@@ -298,7 +298,8 @@ def leave_out_unknown(
 ) -> Dataset | ImageStream:
     """Leaves out captions of which the tokenizer knows no word, or in which it finds a special token, such as a
     written `[EOS]`. An example without another caption is bad."""
-    if isinstance(rows, Dataset):
+    if isinstance(rows, Dataset):  # whose images have been decoded once to find the bad ones
+        rows = rows.cast_column("image", Image(decode=False))
         return drop_bad_examples(rows, partial(_read_known, tokenizer=tokenizer), split)
     rows.read = partial(_read_known, tokenizer=tokenizer, read=rows.read)
     return rows

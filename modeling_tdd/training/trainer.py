@@ -215,12 +215,13 @@ class TDDTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`, which casts the model itself with `bf16_full_eval`: what is saved stays in float32."""
         modules = list(self.model.modules())
-        groups = [group for module in modules for group in (module._parameters, module._buffers)]
+        is_cast = self.args.bf16_full_eval or self.args.fp16_full_eval
+        groups = [group for module in modules for group in (module._parameters, module._buffers)] if is_cast else []
         kept = [(group, name, x, x.data) for group in groups for name, x in group.items() if x is not None]
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
-            for group, name, tensor, data in kept if self.args.bf16_full_eval or self.args.fp16_full_eval else ():
+            for group, name, tensor, data in kept:
                 tensor.data, group[name] = data, tensor
         # FSDP2 keeps weights that it has gathered for a forward. The next training step would use the average.
         for module in modules:
