@@ -169,7 +169,8 @@ class TDDGenerationMixin:
             labels (`torch.Tensor`, *optional*):
                 Nothing reads them: `Seq2SeqTrainer` passes all that a batch has.
             synced_gpus (`bool`, *optional*):
-                Whether all processes must take the same number of steps, which they do without `stability_threshold`.
+                Whether all processes must take the same number of steps, which they do without `stability_threshold`
+                and `confidence_threshold`.
             kwargs:
                 Parameters of [`TDDGenerationConfig`], which take precedence. Arguments of Transformers that do not
                 apply to diffusion may have the value that has no effect, such as `num_beams=1`.
@@ -191,8 +192,10 @@ class TDDGenerationMixin:
         # 1. Check and encode
         config = self._prepare_generation_config(generation_config, kwargs)
         check_given(generator=generator, logits_processor=logits_processor, streamer=streamer, synced_gpus=synced_gpus)
-        if synced_gpus and config.stability_threshold is not None:
-            raise ValueError("`synced_gpus=True` needs `stability_threshold=None`: processes may stop at other steps.")
+        if synced_gpus:
+            for name in ("stability_threshold", "confidence_threshold"):
+                if getattr(config, name) is not None:
+                    raise ValueError(f"`synced_gpus=True` needs `{name}=None`: processes may stop at other steps.")
         prefix = self.model.get_prefix(pixel_values, image_features)
         # 2. Fix tokens
         fixed = self._prepare_fixed_tokens(
@@ -237,15 +240,19 @@ class TDDGenerationMixin:
         """One denoising loop around fixed tokens, which has one or several successive rows for each image."""
         numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
         recorder = StepRecorder(config.output_trajectory, keep_first=config.num_return_sequences > 1)
+        processor = TokenLogitsProcessor(config, logits_processor, fixed)
         for step in denoise(
             self.make_network(prefix),
-            self._make_sampler(config, numbers, fixed.known),
+            self._make_sampler(config, prefix.device),
             numbers,
+            fixed.known,
             guidance_scales(config.guidance_schedule, config.guidance_scale, config.num_inference_steps),
             sampling_strategy="multinomial" if config.do_sample else "argmax",
-            process_logits=TokenLogitsProcessor(config, logits_processor, fixed),
+            process_logits=processor if processor.has_effect else None,
             stability_threshold=config.stability_threshold,
             keep_rows=bool(logits_processor),
+            all_logits=config.return_dict_in_generate or config.output_trajectory or config.num_return_sequences > 1,
+            step=self.denoising_step,
         ):
             recorder.record(step)
             if output is not None:
@@ -268,15 +275,17 @@ class TDDGenerationMixin:
             seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
             generators = [torch.Generator().manual_seed(seed ^ number) for number in image_checksums(images)]
         shape = (len(images), num_samples, self.config.max_position_embeddings)
-        return RandomNumbers(generators, *shape, self.config.noise_width, device)
+        width = None if self.config.corruption == "mask" else self.config.noise_width
+        return RandomNumbers(generators, *shape, width, device)
 
-    def _make_sampler(self, config: TDDGenerationConfig, numbers: RandomNumbers, known: KnownTokens) -> Sampler:
+    def _make_sampler(self, config: TDDGenerationConfig, device: torch.device) -> Sampler:
+        end, threshold = end_tokens(config), config.confidence_threshold
         if self.config.corruption == "mask":
-            visible_share = NoiseSchedule.from_config(self.config).alpha_bar.tolist()
-            return UnmaskingSampler(visible_share, self.config.num_categories, known, end_tokens(config))
+            visible_share = NoiseSchedule.from_config(self.config).to(device).alpha_bar
+            return UnmaskingSampler(visible_share, self.config.num_categories, end, threshold)
         if config.sampler == "confidence":
-            return ConfidenceSampler(self.config.num_timesteps, numbers, known, end_tokens(config))
-        return RenoiseSampler(self.config.num_timesteps, numbers, known)
+            return ConfidenceSampler(self.config.num_timesteps, end, threshold)
+        return RenoiseSampler(self.config.num_timesteps, threshold)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | dict[str, Any] | None, kwargs: dict[str, Any]
@@ -576,7 +585,13 @@ class TokenLogitsProcessor:
         if config.do_sample and config.top_p is not None:
             self.warpers.append(TopPLogitsWarper(float(config.top_p)))
 
-    def __call__(self, logits: Tensor, rows: Tensor, choose: TokenChoice) -> Tensor:
+    @property
+    def has_effect(self) -> bool:
+        """Whether other logits than those it is given can come out."""
+        processors = (self.given_processors, self.processors, self.penalties, self.warpers)
+        return self.before_content is not None or any(processors)
+
+    def __call__(self, rows: Tensor, logits: Tensor, choose: TokenChoice) -> Tensor:
         """From logits of shape (rows, N, K) to others; `choose` makes tokens of them."""
         if self.before_content is not None:
             is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)

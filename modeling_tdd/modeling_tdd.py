@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -24,7 +24,18 @@ from .diffusion_tdd import add_noise, one_hot
 from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
 from .loss_tdd import diffusion_loss
-from .sampling_tdd import KnownTokens, NoisyTokens, RandomNumbers, RenoiseSampler, denoise, guidance_scales
+from .sampling_tdd import (
+    DenoisingFunction,
+    KnownTokens,
+    NoisyTokens,
+    RandomNumbers,
+    RenoiseSampler,
+    apply_guidance,
+    compile_denoising_step,
+    denoise,
+    denoising_step,
+    guidance_scales,
+)
 from .settings_tdd import (
     check,
     check_given,
@@ -152,6 +163,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
     # Our losses are means over images: Trainer must average them over accumulation steps itself.
     accepts_loss_kwargs = False
+    _compiled_step: DenoisingFunction | None = None
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in Transformers, for captions.
@@ -169,6 +181,22 @@ class TDDPreTrainedModel(PreTrainedModel):
             if isinstance(module, TDDDenoiser):
                 module.reset_schedule()
         return embeddings
+
+    @property
+    def denoising_step(self) -> DenoisingFunction:
+        """One step of the denoising loops, as it is or compiled."""
+        return self._compiled_step or denoising_step
+
+    def compile_denoising(self, **kwargs: Any) -> None:
+        r"""
+        Compiles a step of the denoising loop: denoiser, guidance, choice and re-noising become one graph, which on a
+        GPU is recorded as a CUDA graph. The classifier's `forward` in eval mode and the captioner's `generate` use it
+        from then on. Each batch size is compiled anew, at its first call. Logits processors run as they are.
+
+        Args:
+            kwargs: Arguments of `torch.compile`, such as `backend` or `mode`.
+        """
+        self._compiled_step = compile_denoising_step(**kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TDDPreTrainedModel":
@@ -540,6 +568,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
         guidance_schedule: str | None = None,
         sampling_strategy: str | None = None,
         num_noise_samples: int | None = None,
+        stability_threshold: int | None = None,
+        confidence_threshold: float | None = None,
         generator: torch.Generator | None = None,
         output_trajectory: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -555,7 +585,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 Training mode: timesteps in 1 ... T. Drawn if not given.
             noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, 1, noise_width)`, *optional*):
                 Training mode: the standard normal noise of each timestep. Drawn if not given.
-            num_inference_steps, guidance_scale, guidance_schedule, sampling_strategy, num_noise_samples (*optional*):
+            num_inference_steps, guidance_scale, guidance_schedule, sampling_strategy, num_noise_samples,
+            stability_threshold, confidence_threshold (*optional*):
                 Eval mode: as in [`TDDConfig`], from which the defaults come.
             generator (`torch.Generator`, *optional*):
                 Eval mode: source of the loop's noise. By default a fresh one with seed 0, so that calls agree.
@@ -580,6 +611,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
             "guidance_schedule": guidance_schedule,
             "sampling_strategy": sampling_strategy,
             "num_noise_samples": num_noise_samples,
+            "stability_threshold": stability_threshold,
+            "confidence_threshold": confidence_threshold,
         }
         is_loss_only = self.training and labels is not None
         if is_loss_only:
@@ -624,7 +657,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
     def _resolve_settings(self, **settings: Any) -> dict[str, Any]:
         """Takes what is not given from the configuration, and checks it before anything is computed."""
         settings = {name: getattr(self.config, name) if value is None else value for name, value in settings.items()}
-        settings = {name: check(name, value) for name, value in settings.items()}
+        settings = {name: value if value is None else check(name, value) for name, value in settings.items()}
         check_steps(self.config.num_timesteps, settings["num_inference_steps"])
         return settings
 
@@ -662,36 +695,41 @@ class TDDForImageClassification(TDDPreTrainedModel):
         guidance_schedule: str,
         sampling_strategy: str,
         num_noise_samples: int,
+        stability_threshold: int | None,
+        confidence_threshold: float | None,
         generator: torch.Generator | None,
         output_trajectory: bool,
         **kwargs: Any,
     ) -> TDDImageClassifierOutput:
         """The argmax-and-re-noise loop of Section 3.2 with the guidance of Algorithm 1."""
         # 1. One row for each image and noise sample
-        config, num_images, device = self.config, len(prefix), prefix.device
+        config, num_rows, device = self.config, len(prefix) * num_noise_samples, prefix.device
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        numbers = RandomNumbers([generator], num_images, num_noise_samples, 1, config.noise_width, device)
-        nothing = KnownTokens.none(num_images * num_noise_samples, 1, device)
+        numbers = RandomNumbers([generator], len(prefix), num_noise_samples, 1, config.noise_width, device)
         network = ConditionedDenoiser(self.model.denoiser, self.classifier, prefix, **kwargs)
-        # 2. The loop
+        # 2. The loop. A row that is finished keeps its logits
         steps = denoise(
             network,
-            RenoiseSampler(config.num_timesteps, numbers, nothing),
+            RenoiseSampler(config.num_timesteps, confidence_threshold),
             numbers,
+            KnownTokens.none(num_rows, 1, device),
             guidance_scales(guidance_schedule, guidance_scale, num_inference_steps),
             sampling_strategy,
+            stability_threshold=stability_threshold,
+            step=self.denoising_step,
         )
         trajectory, logits = [], None
         for step in steps:
-            logits = average_samples(step.logits[:, 0], num_noise_samples)
+            latest = step.logits[:, 0]
+            logits = latest if len(step.rows) == num_rows else logits.index_copy(0, step.rows, latest)
             if output_trajectory:
-                trajectory.append(logits.float().softmax(-1))
+                trajectory.append(average_samples(logits, num_noise_samples).softmax(-1))
         # 3. The last step's logits are the answer
         return TDDImageClassifierOutput(
-            logits=logits,
+            logits=average_samples(logits, num_noise_samples),
             trajectory=torch.stack(trajectory, dim=1) if output_trajectory else None,
-            hidden_states=network.outputs.hidden_states,
-            attentions=network.outputs.attentions,
+            hidden_states=network.hidden_states,
+            attentions=network.attentions,
         )
 
 
@@ -847,34 +885,51 @@ class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
 
 
 class ConditionedDenoiser:
-    """The network of one denoising loop: the denoiser with its head, on the condition of the images in `prefix` or
-    without it. The first step of each kind computes what all of them share."""
+    """The network of one denoising loop, see [`~sampling_tdd.Network`]: the denoiser with its head, on the condition
+    of the images in `prefix`."""
 
     def __init__(self, denoiser: TDDDenoiser, head: nn.Module, prefix: Tensor, **denoiser_kwargs: Any):
         self.denoiser, self.head, self.prefix = denoiser, head, prefix
         self.denoiser_kwargs = denoiser_kwargs
-        self.conditional: DenoiserCache | None = None
-        self.unconditional: DenoiserCache | None = None
-        self.outputs: BaseModelOutput | None = None
+        # Where the network predicts the noise, its K numbers are needed, and not those of `epsilon W`
+        self.noise_name = "noise_embeds" if denoiser.config.prediction_type == "sample" else "noise"
+        self.cache: DenoiserCache | None = None
+        self.hidden_states: tuple[Tensor, ...] | None = None
+        self.attentions: tuple[Tensor, ...] | None = None
 
-    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
-        """Predictions, float32 of shape (rows, N, K); see [`~sampling_tdd.Network`]."""
-        inputs = (state.tokens, state.timesteps, state.noise)
-        if conditional:
-            prefix = self.prefix if self.conditional is None else None
-            outputs = self.denoiser(*inputs, prefix, cache=self.conditional, use_cache=True, **self.denoiser_kwargs)
-            self.conditional, self.outputs = outputs.cache, outputs
-        else:
-            cache = self.unconditional or DenoiserCache(None, self.conditional.noise_factor)
-            outputs = self.denoiser(*inputs, cache=cache, use_cache=True)
-            self.unconditional = outputs.cache
-        return self.head(outputs.last_hidden_state).float()
+    def prepare(self, rows: int, timesteps: Tensor, noise: Tensor | None, is_guided: bool) -> Tensor | None:
+        """Encodes the prefix, the timesteps and the noise, once for all steps; see [`~sampling_tdd.Network`]."""
+        is_embedded = self.noise_name == "noise_embeds"
+        outputs = self.denoiser(
+            timesteps=timesteps,
+            noise=noise if is_embedded else None,
+            prefix=self.prefix,
+            add_null_condition=is_guided,
+        )
+        self.cache = outputs.cache.repeat(rows // len(self.prefix))
+        return self.cache.noise_embeds if is_embedded else noise
 
-    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
-        """The prediction itself or, where the network predicts the noise, `y_t - sigma_t epsilon`: that is y_0 up to a
-        positive factor, which no argmax sees (at t = T the factor is infinite)."""
-        if self.denoiser.config.prediction_type == "sample":
-            return prediction
+    def __call__(self, state: NoisyTokens, guidance_scale: Tensor | None, places: Tensor | None = None) -> Tensor:
+        """Logits of all places, or of some; see [`~sampling_tdd.Network`]."""
+        noise = {} if state.noise is None else {self.noise_name: state.noise}
+        outputs = self.denoiser(state.tokens, state.timesteps, cache=self.cache, **noise, **self.denoiser_kwargs)
+        rows = len(state.tokens)  # with guidance there are as many again, without the condition
+        self.hidden_states, self.attentions = (
+            None if recorded is None else tuple(states[:rows] for states in recorded)
+            for recorded in (outputs.hidden_states, outputs.attentions)
+        )
+        hidden_states = outputs.last_hidden_state
+        if guidance_scale is not None:
+            # Equation 1 is about predictions. They are linear in the hidden states, which are fewer numbers.
+            hidden_states = apply_guidance(*hidden_states.chunk(2), guidance_scale)
+        if places is not None:
+            hidden_states = hidden_states[places]
+        prediction = self.head(hidden_states).float()
+        return prediction if self.noise_name == "noise_embeds" else self._subtract_noise(state, prediction)
+
+    def _subtract_noise(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+        """Logits from a prediction of the noise, `y_t - sigma_t epsilon`: that is y_0 up to a positive factor, which
+        no argmax sees (at t = T the factor is infinite)."""
         schedule = self.denoiser.schedule_on(prediction.device)
         clean = one_hot(state.tokens, self.denoiser.config.num_categories)
         noisy = add_noise(clean, state.noise, schedule, state.timesteps)
@@ -882,9 +937,7 @@ class ConditionedDenoiser:
 
     def select(self, keep: Tensor) -> None:
         """From now on only the rows of a boolean mask are denoised."""
-        self.conditional = self.conditional.select(keep)
-        if self.unconditional is not None:
-            self.unconditional = self.unconditional.select(keep)
+        self.cache = self.cache.select(keep)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -7,7 +7,8 @@ sample that is drawn for it.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,13 +53,16 @@ class NoisyTokens(NamedTuple):
     Args:
         tokens (`torch.LongTensor` of shape `(rows, N)`): Tokens to add noise to; K stands for a mask.
         timesteps (`torch.LongTensor` of shape `(rows, N)`): The timestep of each token.
-        noise (`torch.Tensor` of shape `(rows, N, noise_width)`, *optional*): Its noise; `None` for masks.
+        noise (`torch.Tensor` of shape `(rows, N, width)`, *optional*):
+            Its noise, as [`~Network.prepare`] returns it; `None` for masks.
+        is_given (`torch.BoolTensor` of shape `(rows, N)`): Places whose token was given.
         is_final (`torch.BoolTensor` of shape `(rows, N)`): Places whose token no prediction changes any more.
     """
 
     tokens: Tensor
     timesteps: Tensor
     noise: Tensor | None
+    is_given: Tensor
     is_final: Tensor
 
 
@@ -71,11 +75,11 @@ class Prediction(NamedTuple):
 
 class DenoisingStep(NamedTuple):
     """One step of a loop: its timestep, the indices of the rows that it denoised, their logits of shape (rows, N, K)
-    after guidance and processing, and what they predict."""
+    after guidance and processing (`None` where nothing needs those of all places), and what they predict."""
 
     timestep: int
     rows: Tensor
-    logits: Tensor
+    logits: Tensor | None
     prediction: Prediction
 
 
@@ -87,7 +91,8 @@ class RandomNumbers:
         generators (`Sequence[torch.Generator]`):
             One for all images, which then all have the same numbers, or one for each image.
         num_images, num_samples (`int`): There are `num_samples` rows for each image, in succession.
-        num_tokens, width (`int`): N, and the width of the noise.
+        num_tokens (`int`): N.
+        width (`int`, *optional*): The width of the noise; `None` for masks, which need none.
         device (`torch.device`): Where the numbers are needed. A generator on the CPU serves any device.
     """
 
@@ -97,27 +102,42 @@ class RandomNumbers:
         num_images: int,
         num_samples: int,
         num_tokens: int,
-        width: int,
+        width: int | None,
         device: torch.device,
     ):
         self.generators, self.device = generators, device
-        self.shape = (num_samples, num_tokens, width)
+        self.shape, self.width = (num_samples, num_tokens), width
         self.rows = torch.arange(num_images * num_samples, device=device) % (len(generators) * num_samples)
 
-    def normal(self) -> Tensor:
-        """Standard normal numbers of shape `(rows, N, width)`."""
-        return self._draw(torch.randn, self.shape)
+    def draw(self, num_steps: int, is_multinomial: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        r"""
+        Draws the numbers of all steps at once, so that a loop waits for them once. `rows` says which of the
+        `len(generators) * num_samples` distinct rows are a row's own.
 
-    def uniform(self) -> Tensor:
-        """Numbers in [0, 1) of shape `(rows, N)`."""
-        return self._draw(torch.rand, self.shape[:2])
+        Returns:
+            `tuple`: standard normal numbers of shape `(num_steps, distinct rows, N, width)`, and with
+                `is_multinomial` numbers in [0, 1) of shape `(num_steps, distinct rows, N)`; otherwise `None`.
+        """
+        normal, uniform = [], []
+        for _ in range(num_steps):
+            for generator in self.generators:
+                if self.width is not None:
+                    shape = (*self.shape, self.width)
+                    normal.append(torch.randn(shape, generator=generator, device=generator.device))
+            for generator in self.generators:
+                if is_multinomial:
+                    uniform.append(torch.rand(self.shape, generator=generator, device=generator.device))
+        return tuple(
+            torch.cat(drawn).to(self.device).unflatten(0, (num_steps, -1)) if drawn else None
+            for drawn in (normal, uniform)
+        )
 
-    def _draw(self, function: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        drawn = [function(shape, generator=generator, device=generator.device) for generator in self.generators]
-        return torch.cat(drawn).to(self.device)[self.rows]
+    def of_rows(self, numbers: Tensor | None, step: int) -> Tensor | None:
+        """Each row's numbers in a step, from those of the distinct rows in all steps."""
+        return None if numbers is None else numbers[step][self.rows]
 
     def select(self, keep: Tensor) -> None:
-        """From now on only the rows of a boolean mask draw."""
+        """From now on only the rows of a boolean mask are denoised."""
         self.rows = self.rows[keep]
 
 
@@ -131,60 +151,80 @@ class RenoiseSampler:
 
     Args:
         num_timesteps (`int`): T.
-        numbers ([`RandomNumbers`]): The noise.
-        known ([`KnownTokens`]): Given tokens.
+        confidence_threshold (`float`, *optional*):
+            A row is finished once all its tokens are at least as probable (ours).
     """
 
-    def __init__(self, num_timesteps: int, numbers: RandomNumbers, known: KnownTokens):
-        self.num_timesteps, self.numbers, self.known = num_timesteps, numbers, known
+    def __init__(self, num_timesteps: int, confidence_threshold: float | None = None):
+        self.num_timesteps, self.confidence_threshold = num_timesteps, confidence_threshold
 
-    def start(self) -> NoisyTokens:
-        """The state at t = T."""
-        return self._add_noise(self.known.tokens, torch.full_like(self.known.tokens, self.num_timesteps))
+    def timesteps_of_tokens(self, num_inference_steps: int) -> list[int]:
+        """All timesteps that a token may have in a loop."""
+        return inference_timesteps(self.num_timesteps, num_inference_steps)[:-1]
 
-    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
-        """The state at `next_timestep`."""
-        return self._add_noise(prediction.tokens, torch.full_like(prediction.tokens, next_timestep))
+    def start(self, known: KnownTokens, noise: Tensor | None) -> NoisyTokens:
+        """The state at t = T, with `noise` of shape (rows, N, width)."""
+        timesteps = torch.full_like(known.tokens, self.num_timesteps)
+        return NoisyTokens(known.tokens, timesteps, noise, known.mask, known.mask)
 
-    def select(self, keep: Tensor) -> None:
-        """From now on only the rows of a boolean mask are denoised."""
-        self.known = select_rows(self.known, keep)
+    def step(
+        self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
+    ) -> NoisyTokens:
+        """The state at `next_timestep`, int64 of shape ()."""
+        is_final = state.is_given
+        if self.confidence_threshold is not None:
+            is_sure = exceeds(prediction.log_probs, self.confidence_threshold) | state.is_given
+            is_final = is_final | is_sure.all(dim=1, keepdim=True)
+        timesteps = next_timestep.expand_as(prediction.tokens)
+        return NoisyTokens(prediction.tokens, timesteps, noise, state.is_given, is_final)
 
-    def _add_noise(self, tokens: Tensor, timesteps: Tensor) -> NoisyTokens:
-        return NoisyTokens(tokens, timesteps, self.numbers.normal(), self.known.mask)
 
-
-class ConfidenceSampler(RenoiseSampler):
+class ConfidenceSampler:
     r"""
     For networks trained with a timestep for each token (ours): the tokens that the network is surest of are re-noised
-    to a low timestep, and all others to T. Only given tokens are final, any other may still be revised.
+    to a low timestep, and all others to T. Only given tokens are final, any other may still be revised; with a
+    threshold settled tokens are final too.
 
     Args:
-        num_timesteps, numbers, known: As in [`RenoiseSampler`].
+        num_timesteps (`int`): T.
         end_token_ids (`Sequence[int]`): Tokens behind which a sequence is padding, see [`most_confident`].
+        confidence_threshold (`float`, *optional*):
+            Tokens that are at least as probable are settled at once, beside those whose turn it is.
     """
 
     def __init__(
-        self, num_timesteps: int, numbers: RandomNumbers, known: KnownTokens, end_token_ids: Sequence[int] = ()
+        self, num_timesteps: int, end_token_ids: Sequence[int] = (), confidence_threshold: float | None = None
     ):
-        super().__init__(num_timesteps, numbers, known)
-        self.end_token_ids = end_token_ids
+        self.num_timesteps, self.end_token_ids = num_timesteps, end_token_ids
+        self.confidence_threshold = confidence_threshold
         self.settled_timestep = max(1, round(SETTLED_TIMESTEP * num_timesteps))
 
-    def start(self) -> NoisyTokens:
-        """The state at t = T: noise, and the given tokens with little noise."""
-        return self._settle(self.known.tokens, self.known.mask)
+    def timesteps_of_tokens(self, num_inference_steps: int) -> list[int]:
+        """All timesteps that a token may have in a loop."""
+        return [self.settled_timestep, self.num_timesteps]
 
-    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
+    def start(self, known: KnownTokens, noise: Tensor | None) -> NoisyTokens:
+        """The state at t = T: noise, and the given tokens with little noise."""
+        return self._settle(known.tokens, noise, known.mask, known.mask, known.mask)
+
+    def step(
+        self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
+    ) -> NoisyTokens:
         """The state in which the share 1 - t / T of the free places is settled."""
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
-        share = 1 - next_timestep / self.num_timesteps
-        return self._settle(
-            prediction.tokens, most_confident(prediction.log_probs, share, self.known.mask, beyond_end)
-        )
+        share = 1 - next_timestep.double() / self.num_timesteps
+        is_settled = most_confident(prediction.log_probs, share, state.is_given, beyond_end)
+        is_final = state.is_given
+        if self.confidence_threshold is not None:
+            is_settled = is_settled | state.is_final | exceeds(prediction.log_probs, self.confidence_threshold)
+            is_final = is_settled
+        return self._settle(prediction.tokens, noise, is_settled, state.is_given, is_final)
 
-    def _settle(self, tokens: Tensor, is_settled: Tensor) -> NoisyTokens:
-        return self._add_noise(tokens, torch.where(is_settled, self.settled_timestep, self.num_timesteps))
+    def _settle(
+        self, tokens: Tensor, noise: Tensor | None, is_settled: Tensor, is_given: Tensor, is_final: Tensor
+    ) -> NoisyTokens:
+        timesteps = torch.where(is_settled, self.settled_timestep, self.num_timesteps)
+        return NoisyTokens(tokens, timesteps, noise, is_given, is_final)
 
 
 class UnmaskingSampler:
@@ -192,52 +232,63 @@ class UnmaskingSampler:
     MDD: all free places start as masks, and the predictions that the network is surest of are unmasked, for good.
 
     Args:
-        visible_share (`Sequence[float]`): The share of the free places that is visible at t = 0 ... T.
+        visible_share (`torch.Tensor` of shape `(T + 1,)`):
+            The share of the free places that is visible at t = 0 ... T.
         mask_token (`int`): The token that stands for a mask, K.
-        known ([`KnownTokens`]): Given tokens.
-        end_token_ids (`Sequence[int]`): As in [`ConfidenceSampler`].
+        end_token_ids, confidence_threshold: As in [`ConfidenceSampler`].
     """
 
     def __init__(
-        self, visible_share: Sequence[float], mask_token: int, known: KnownTokens, end_token_ids: Sequence[int] = ()
+        self,
+        visible_share: Tensor,
+        mask_token: int,
+        end_token_ids: Sequence[int] = (),
+        confidence_threshold: float | None = None,
     ):
         self.visible_share, self.mask_token = visible_share, mask_token
-        self.known, self.end_token_ids = known, end_token_ids
+        self.end_token_ids, self.confidence_threshold = end_token_ids, confidence_threshold
         self.num_timesteps = len(visible_share) - 1
-        self.is_visible = known.mask
 
-    def start(self) -> NoisyTokens:
+    def timesteps_of_tokens(self, num_inference_steps: int) -> list[int]:
+        """All timesteps that a token may have in a loop."""
+        return inference_timesteps(self.num_timesteps, num_inference_steps)[:-1]
+
+    def start(self, known: KnownTokens, noise: Tensor | None = None) -> NoisyTokens:
         """The state at t = T: masks, and the given tokens."""
-        return self._unmask(self.known.tokens, self.known.mask, self.num_timesteps)
+        timesteps = torch.full_like(known.tokens, self.num_timesteps)
+        return self._unmask(known.tokens, timesteps, known.mask, known.mask)
 
-    def step(self, prediction: Prediction, next_timestep: int) -> NoisyTokens:
+    def step(
+        self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None = None
+    ) -> NoisyTokens:
         """The state in which as many places are visible as belong to `next_timestep`."""
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
-        confidence = prediction.log_probs.masked_fill(self.is_visible, float("inf"))  # what is visible ranks first
-        share = self.visible_share[next_timestep]
-        is_visible = self.is_visible | most_confident(confidence, share, self.known.mask, beyond_end)
-        return self._unmask(prediction.tokens, is_visible, next_timestep)
+        confidence = prediction.log_probs.masked_fill(state.is_final, float("inf"))  # what is visible ranks first
+        share = self.visible_share.index_select(0, next_timestep[None]).double()
+        is_visible = state.is_final | most_confident(confidence, share, state.is_given, beyond_end)
+        if self.confidence_threshold is not None:
+            is_visible = is_visible | exceeds(prediction.log_probs, self.confidence_threshold)
+        return self._unmask(prediction.tokens, next_timestep.expand_as(prediction.tokens), state.is_given, is_visible)
 
-    def select(self, keep: Tensor) -> None:
-        """From now on only the rows of a boolean mask are denoised."""
-        self.known, self.is_visible = select_rows((self.known, self.is_visible), keep)
-
-    def _unmask(self, tokens: Tensor, is_visible: Tensor, timestep: int) -> NoisyTokens:
-        self.is_visible = is_visible
-        tokens = tokens.masked_fill(~is_visible, self.mask_token)
-        return NoisyTokens(tokens, torch.full_like(tokens, timestep), None, is_visible)
+    def _unmask(self, tokens: Tensor, timesteps: Tensor, is_given: Tensor, is_visible: Tensor) -> NoisyTokens:
+        return NoisyTokens(tokens.masked_fill(~is_visible, self.mask_token), timesteps, None, is_given, is_visible)
 
 
 Sampler = RenoiseSampler | ConfidenceSampler | UnmaskingSampler
 
 
-def most_confident(log_probs: Tensor, share: float, known_mask: Tensor, beyond_end: Tensor) -> Tensor:
+def exceeds(log_probs: Tensor, probability: float) -> Tensor:
+    """Where tokens are at least as probable."""
+    return log_probs >= math.log(probability)
+
+
+def most_confident(log_probs: Tensor, share: Tensor, known_mask: Tensor, beyond_end: Tensor) -> Tensor:
     r"""
     The places of a sequence that are settled first.
 
     Args:
         log_probs (`torch.Tensor` of shape `(rows, N)`): Of the predicted tokens; infinite for those that come first.
-        share (`float`): Share of the free places to settle.
+        share (`torch.Tensor`): Share of the free places to settle, one number in float64.
         known_mask (`torch.BoolTensor` of shape `(rows, N)`): Places that were given, and are not free.
         beyond_end (`torch.BoolTensor` of shape `(rows, N)`):
             Places that hold padding by the prediction. The same share of them is settled as of the others: padding is
@@ -325,98 +376,208 @@ class TokenChoice(NamedTuple):
         return torch.where(self.state.is_final[:, places], self.state.tokens[:, places], chosen)
 
 
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of tokens of shape (...) by logits of shape (..., K), without those of all K."""
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
 # ---- The loop
 
 
 class Network(Protocol):
     """What the loop asks of a network."""
 
-    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
-        """Predictions, float32 of shape (rows, N, K), under the images' conditions or under the null condition."""
+    def prepare(self, rows: int, timesteps: Tensor, noise: Tensor | None, is_guided: bool) -> Tensor | None:
+        """Computes what all steps share: of `rows` rows, whose tokens have some of the `timesteps`, with `noise` of
+        shape (steps, distinct rows, N, width). Returns the noise in the form in which the states carry it."""
 
-    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
-        """Logits of the clean tokens from a prediction, which may be one of the noise."""
+    def __call__(self, state: NoisyTokens, guidance_scale: Tensor | None, places: Tensor | None = None) -> Tensor:
+        """Logits of the clean tokens, float32 of shape (rows, N, K), or (chosen places, K) with a boolean mask of
+        places. With a guidance scale, of shape (), they are guided (equation 1)."""
 
     def select(self, keep: Tensor) -> None:
         """From now on only the rows of a boolean mask are denoised."""
+
+
+class StepInputs(NamedTuple):
+    r"""
+    What a step needs besides the state. It is made for all steps before the first one, so that on a GPU no step waits
+    for the host, and each step has the same shapes.
+
+    Args:
+        guidance_scale (`torch.Tensor` of shape `()`, *optional*): s(t); `None` without guidance.
+        next_timestep (`torch.LongTensor` of shape `()`): The timestep to re-noise to.
+        next_noise (`torch.Tensor` of shape `(rows, N, width)`, *optional*): The noise to do it with.
+        uniform (`torch.Tensor` of shape `(rows, N)`, *optional*): Numbers in [0, 1), for draws of tokens.
+    """
+
+    guidance_scale: Tensor | None
+    next_timestep: Tensor
+    next_noise: Tensor | None
+    uniform: Tensor | None
+
+
+def denoising_step(
+    network: Network,
+    sampler: Sampler,
+    state: NoisyTokens,
+    inputs: StepInputs,
+    process_logits: Callable[[Tensor, TokenChoice], Tensor] | None = None,
+    is_partial: bool = False,
+) -> tuple[Tensor, Prediction, NoisyTokens]:
+    r"""
+    One step of [`denoise`] (2a, 2b, 2c and 2e): tensors in, tensors out, so that it compiles to one graph.
+
+    Args:
+        network, sampler: As in [`denoise`].
+        state ([`NoisyTokens`]): The noisy tokens.
+        inputs ([`StepInputs`]): What the step needs besides.
+        process_logits (`Callable`, *optional*): From logits and the step's [`TokenChoice`] to other logits.
+        is_partial (`bool`, *optional*, defaults to `False`):
+            Whether to compute no logits of final tokens, whose log-probability is then 0. How many they are is known
+            only then, which a GPU would have to wait for; on a CPU most of a step's work is there.
+
+    Returns:
+        `tuple`: the logits, the prediction and the next state.
+    """
+    # 2a. Predict, and 2b. guide
+    places = ~state.is_final if is_partial else None
+    logits = network(state, inputs.guidance_scale, places)
+    # 2c. Choose
+    choose = TokenChoice(state, inputs.uniform)
+    if process_logits is not None:
+        logits = process_logits(logits, choose)
+    if places is None:
+        tokens = choose(logits)
+        prediction = Prediction(tokens, log_probability(logits, tokens))
+    else:
+        chosen = to_one(logits, None if inputs.uniform is None else inputs.uniform[places])
+        log_probs = torch.zeros_like(places, dtype=logits.dtype)
+        log_probs = log_probs.masked_scatter(places, log_probability(logits, chosen))
+        prediction = Prediction(state.tokens.masked_scatter(places, chosen), log_probs)
+    # 2e. Re-noise
+    return logits, prediction, sampler.step(state, prediction, inputs.next_timestep, inputs.next_noise)
+
+
+DenoisingFunction = Callable[..., tuple[Tensor, Prediction, NoisyTokens]]
+
+
+def compile_denoising_step(**kwargs: Any) -> DenoisingFunction:
+    r"""
+    [`denoising_step`] by `torch.compile`, as one graph for each batch size.
+
+    Args:
+        kwargs: Arguments of `torch.compile`. By default `mode="reduce-overhead"`, which on a GPU records CUDA graphs.
+    """
+    compiled = torch.compile(denoising_step, fullgraph=True, dynamic=False, **{"mode": "reduce-overhead"} | kwargs)
+
+    def step(
+        network: Network,
+        sampler: Sampler,
+        state: NoisyTokens,
+        inputs: StepInputs,
+        process_logits: Callable[[Tensor, TokenChoice], Tensor] | None = None,
+        is_partial: bool = False,
+    ) -> tuple[Tensor, Prediction, NoisyTokens]:
+        if process_logits is not None:  # code of others
+            return denoising_step(network, sampler, state, inputs, process_logits, is_partial)
+        torch.compiler.cudagraph_mark_step_begin()
+        logits, prediction, state = compiled(network, sampler, state, inputs)
+        # The next run of a CUDA graph overwrites what this one returned
+        prediction, state = tree_map(lambda value: None if value is None else value.clone(), (prediction, state))
+        return logits, prediction, state
+
+    return step
 
 
 def denoise(
     network: Network,
     sampler: Sampler,
     numbers: RandomNumbers,
+    known: KnownTokens,
     guidance_scales: Sequence[float],
     sampling_strategy: str = "argmax",
     process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     stability_threshold: int | None = None,
     keep_rows: bool = False,
+    all_logits: bool = True,
+    step: DenoisingFunction = denoising_step,
 ) -> Iterator[DenoisingStep]:
     r"""
     The inference loop of Section 3.2 with the guidance of Algorithm 1, a step at a time:
     ```
-    1. Start from pure noise
+    1. Prepare what all steps need, and start from pure noise
     2. For each timestep t, from T down:
         a. Predict the clean tokens from the noisy ones
         b. Guide: move away from the prediction without an image
         c. Choose one token for each place; given ones stay
-        d. Rows whose tokens have settled leave the loop
+        d. Rows that are finished leave the loop
         e. Re-noise the tokens, less than before
     ```
+    A row is finished when its tokens have not changed for `stability_threshold` steps, and when the sampler has a
+    `confidence_threshold` and all its tokens are final.
 
     Args:
         network ([`Network`]): The denoiser under its conditions.
         sampler: One of the samplers above.
-        numbers ([`RandomNumbers`]): The sampler's, for the draws of `"multinomial"`.
+        numbers ([`RandomNumbers`]): The noise, and the draws of `"multinomial"`.
+        known ([`KnownTokens`]): Given tokens, which stay.
         guidance_scales (`Sequence[float]`): s(t), one for each step; see [`guidance_scales`].
         sampling_strategy (`str`, *optional*, defaults to `"argmax"`): `"argmax"` or `"multinomial"`.
         process_logits (`Callable`, *optional*):
-            From logits, the indices of their rows, and the step's [`TokenChoice`], to other logits of the same shape.
+            From the indices of the rows, their logits, and the step's [`TokenChoice`], to other logits of that shape.
         stability_threshold (`int`, *optional*):
-            A row whose tokens have not changed for so many steps is finished and leaves the loop.
+            After how many steps without a change a row is finished.
         keep_rows (`bool`, *optional*, defaults to `False`):
             Whether finished rows are computed on, for a `process_logits` that must see all rows at each step.
+        all_logits (`bool`, *optional*, defaults to `True`):
+            Whether the caller reads the logits, those of final tokens too.
+        step (`Callable`, *optional*, defaults to [`denoising_step`]):
+            The same by [`compile_denoising_step`]. Finished rows are computed on then: a graph has static shapes.
 
     Yields:
         [`DenoisingStep`]: after each prediction, of the rows that were not finished.
     """
-    timesteps = inference_timesteps(sampler.num_timesteps, len(guidance_scales))
-    # 1. Start
-    state = sampler.start()
-    rows = torch.arange(len(state.tokens), device=state.tokens.device)
-    previous, unchanged = None, torch.zeros_like(rows)
-    is_open = torch.ones_like(rows, dtype=torch.bool)
-    for timestep, next_timestep, scale in zip(timesteps, timesteps[1:], guidance_scales):
-        # 2a. Predict
-        logits = network(state)
-        # 2b. Guide
-        if scale != 1:
-            logits = apply_guidance(logits, network(state, conditional=False), scale)
-        logits = network.to_logits(state, logits)
-        # 2c. Choose
-        uniform = numbers.uniform() if sampling_strategy == "multinomial" else None
-        choose = TokenChoice(state, uniform)
-        if process_logits is not None:
-            logits = process_logits(logits, rows, choose)
-        tokens = choose(logits)
-        log_probs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        prediction = Prediction(tokens, log_probs)
-        step = (rows, logits, prediction)
-        yield DenoisingStep(timestep, *(select_rows(step, is_open) if keep_rows else step))
-        if next_timestep == 0:
-            return
+    num_steps, device = len(guidance_scales), known.tokens.device
+    timesteps = inference_timesteps(sampler.num_timesteps, num_steps)
+    rows = torch.arange(len(known.tokens), device=device)
+    # 1. Prepare, and start. What comes from the host comes here, and no step waits for it
+    is_guided = any(scale != 1 for scale in guidance_scales)
+    scales = torch.tensor(guidance_scales, device=device).unbind() if is_guided else [None] * num_steps
+    next_timesteps = torch.tensor(timesteps[1:], device=device).unbind()
+    normal, uniform = numbers.draw(num_steps, sampling_strategy == "multinomial")
+    timesteps_of_tokens = torch.tensor(sampler.timesteps_of_tokens(num_steps), device=device)
+    noise = network.prepare(len(rows), timesteps_of_tokens, normal, is_guided)
+    state = sampler.start(known, numbers.of_rows(noise, 0))
+    previous, unchanged, is_open = None, torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+    may_end = stability_threshold is not None or sampler.confidence_threshold is not None
+    keep_rows = keep_rows or step is not denoising_step
+    is_partial = not all_logits and process_logits is None and step is denoising_step and device.type == "cpu"
+    for index, timestep in enumerate(timesteps[:-1]):
+        # 2a to 2c. Predict, guide and choose, and 2e. re-noise (the last step's noise is read by nobody)
+        next_noise = numbers.of_rows(noise, min(index + 1, num_steps - 1))
+        inputs = StepInputs(scales[index], next_timesteps[index], next_noise, numbers.of_rows(uniform, index))
+        process = None if process_logits is None else partial(process_logits, rows)
+        logits, prediction, state = step(network, sampler, state, inputs, process, is_partial)
+        result = (rows, None if is_partial else logits, prediction)
+        yield DenoisingStep(timestep, *(select_rows(result, is_open) if keep_rows and may_end else result))
         # 2d. Leave
+        if not may_end:
+            continue
+        if sampler.confidence_threshold is not None:
+            is_open = is_open & ~state.is_final.all(1)
         if stability_threshold is not None and previous is not None:
-            unchanged = torch.where((tokens == previous).all(-1), unchanged + 1, 0)
-            is_open = is_open & (unchanged < min(stability_threshold, len(timesteps)))
-            if not is_open.any():
-                return
-            if not keep_rows and not is_open.all():
-                for part in (network, sampler, numbers):
-                    part.select(is_open)
-                rows, unchanged, prediction, is_open = select_rows((rows, unchanged, prediction, is_open), is_open)
+            unchanged = torch.where((prediction.tokens == previous).all(1), unchanged + 1, 0)
+            is_open = is_open & (unchanged < min(stability_threshold, num_steps))
+        if not is_open.any():
+            return
         previous = prediction.tokens
-        # 2e. Re-noise
-        state = sampler.step(prediction, next_timestep)
+        if not keep_rows and not is_open.all():
+            for part in (network, numbers):
+                part.select(is_open)
+            rows, state, previous, unchanged, is_open = select_rows(
+                (rows, state, previous, unchanged, is_open), is_open
+            )
 
 
 __all__ = [
@@ -428,13 +589,18 @@ __all__ = [
     "Prediction",
     "RandomNumbers",
     "RenoiseSampler",
+    "Sampler",
+    "StepInputs",
     "TokenChoice",
     "UnmaskingSampler",
     "apply_guidance",
+    "compile_denoising_step",
     "denoise",
+    "denoising_step",
     "follows_end",
     "guidance_scales",
     "inference_timesteps",
+    "log_probability",
     "most_confident",
     "select_rows",
     "to_one",

@@ -32,10 +32,9 @@ class PrefixEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor | None) -> tuple[Tensor, ...]:
         prefix = None if pixel_values is None else self.model.get_prefix(pixel_values)
-        # What is denoised does not matter to the prefix, and leaves the graph as dead code
-        token = torch.ones(1 if prefix is None else prefix.shape[0], 1, dtype=torch.long)
-        outputs = self.model.denoiser(token, token, prefix=prefix, use_cache=True)
-        return tuple(tensor for pair in outputs.cache.key_values for tensor in pair)
+        # Without tokens the denoiser encodes the prefix. The loop's timesteps do not matter to it: dead code
+        cache = self.model.denoiser(timesteps=torch.ones(1, dtype=torch.long), prefix=prefix).cache
+        return tuple(tensor for pair in cache.key_values for tensor in pair)
 
 
 class DenoiserStep(nn.Module):
@@ -45,11 +44,14 @@ class DenoiserStep(nn.Module):
     def __init__(self, model: TDDPreTrainedModel):
         super().__init__()
         self.denoiser, self.head = model.model.denoiser, model.get_output_embeddings()
-        self.noise_factor = self.denoiser.token_embedding()  # a constant, since the weights no longer change
+        # What projects the noise is a constant, since the weights no longer change
+        self.noise_factor = self.denoiser.token_embedding(noise=torch.eye(model.config.noise_width))
 
     def forward(self, inputs: list[Tensor], key_values: list[Tensor]) -> Tensor:
-        cache = DenoiserCache(tuple(zip(key_values[0::2], key_values[1::2])), self.noise_factor)
-        return self.head(self.denoiser(*inputs, cache=cache).last_hidden_state)
+        tokens, timesteps, *noise = inputs
+        noise_embeds = noise[0] @ self.noise_factor if noise else None
+        cache = DenoiserCache(tuple(zip(key_values[0::2], key_values[1::2])))
+        return self.head(self.denoiser(tokens, timesteps, noise_embeds=noise_embeds, cache=cache).last_hidden_state)
 
 
 def load_model(checkpoint: str) -> TDDPreTrainedModel:

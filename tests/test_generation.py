@@ -31,13 +31,14 @@ class Script:
         self.states: list[NoisyTokens] = []
         model.make_network = lambda prefix: self
 
-    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
+    def prepare(self, rows: int, timesteps: Tensor, noise: Tensor | None, is_guided: bool) -> Tensor | None:
+        return noise
+
+    def __call__(self, state: NoisyTokens, guidance_scale: Tensor | None, places: Tensor | None = None) -> Tensor:
         self.states.append(state)
         self.seen_rows.append(self.rows.tolist())
-        return self.logits[self.rows, len(self.states) - 1]
-
-    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
-        return prediction
+        logits = self.logits[self.rows, len(self.states) - 1]
+        return logits if places is None else logits[places]
 
     def select(self, keep: Tensor) -> None:
         self.rows = self.rows[keep]
@@ -50,11 +51,12 @@ class UniformNetwork:
         self.shape = (model.config.max_position_embeddings, model.config.vocab_size)
         model.make_network = lambda prefix: self
 
-    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
-        return torch.zeros(len(state.tokens), *self.shape)
+    def prepare(self, rows: int, timesteps: Tensor, noise: Tensor | None, is_guided: bool) -> Tensor | None:
+        return noise
 
-    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
-        return prediction
+    def __call__(self, state: NoisyTokens, guidance_scale: Tensor | None, places: Tensor | None = None) -> Tensor:
+        logits = torch.zeros(len(state.tokens), *self.shape)
+        return logits if places is None else logits[places]
 
 
 def script_tokens(model: TDDForCaptioning, drafts: Sequence, strength: float = 5.0) -> Script:

@@ -36,7 +36,11 @@ CPU = torch.device("cpu")
 
 
 def make_numbers(
-    num_images: int = 1, num_samples: int = 1, num_tokens: int = 1, width: int = 3, seeds: Sequence[int] = (0,)
+    num_images: int = 1,
+    num_samples: int = 1,
+    num_tokens: int = 1,
+    width: int | None = 3,
+    seeds: Sequence[int] = (0,),
 ) -> RandomNumbers:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return RandomNumbers(generators, num_images, num_samples, num_tokens, width, CPU)
@@ -126,7 +130,8 @@ def test_to_one_multinomial_at_the_edges() -> None:
 
 
 def test_a_final_token_is_chosen_whatever_the_logits_say() -> None:
-    state = NoisyTokens(torch.tensor([[7, 8]]), torch.ones(1, 2), None, torch.tensor([[True, False]]))
+    is_final = torch.tensor([[True, False]])
+    state = NoisyTokens(torch.tensor([[7, 8]]), torch.ones(1, 2), None, is_final, is_final)
     logits = torch.zeros(1, 2, 9)
     logits[..., 3] = 1.0
     choose = TokenChoice(state, None)
@@ -140,32 +145,52 @@ def test_a_final_token_is_chosen_whatever_the_logits_say() -> None:
 # ---- Random numbers
 
 
+def draw_rows(numbers: RandomNumbers, num_steps: int = 2) -> list[Tensor]:
+    """The numbers of all rows in all steps, normal and uniform, of shape (steps, rows, N, ...)."""
+    drawn = numbers.draw(num_steps, is_multinomial=True)
+    return [torch.stack([numbers.of_rows(values, step) for step in range(num_steps)]) for values in drawn]
+
+
 def test_one_generator_gives_all_images_the_same_numbers_and_each_sample_its_own() -> None:
-    numbers = make_numbers(num_images=3, num_samples=2, num_tokens=4)
-    for drawn in (numbers.normal(), numbers.uniform()):
-        assert torch.equal(drawn[0:2], drawn[2:4]) and torch.equal(drawn[0:2], drawn[4:6])
-        assert not torch.equal(drawn[0], drawn[1])
-    assert numbers.normal().shape == (6, 4, 3) and numbers.uniform().shape == (6, 4)
-    assert not torch.equal(numbers.normal(), numbers.normal())
+    normal, uniform = draw_rows(make_numbers(num_images=3, num_samples=2, num_tokens=4))
+    assert normal.shape == (2, 6, 4, 3) and uniform.shape == (2, 6, 4)
+    for drawn in (normal, uniform):
+        assert torch.equal(drawn[:, 0:2], drawn[:, 2:4]) and torch.equal(drawn[:, 0:2], drawn[:, 4:6])
+        assert not torch.equal(drawn[:, 0], drawn[:, 1]) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_numbers_are_drawn_in_the_order_of_the_steps() -> None:
+    """So a seed's draws do not depend on how many steps there are."""
+    numbers, generator = make_numbers(num_tokens=4), torch.Generator().manual_seed(0)
+    normal, uniform = numbers.draw(3, is_multinomial=True)
+    for step in range(3):
+        assert torch.equal(normal[step], torch.randn(1, 4, 3, generator=generator))
+        assert torch.equal(uniform[step], torch.rand(1, 4, generator=generator))
+
+
+def test_what_is_not_needed_is_not_drawn() -> None:
+    numbers = make_numbers(width=None)
+    assert numbers.draw(3) == (None, None) and numbers.of_rows(None, 0) is None
+    assert torch.equal(numbers.generators[0].get_state(), torch.Generator().manual_seed(0).get_state())
 
 
 def test_a_generator_for_each_image_gives_each_its_own_numbers_whatever_the_batch() -> None:
-    together = make_numbers(num_images=3, num_samples=2, num_tokens=4, seeds=(5, 6, 7))
-    alone = make_numbers(num_images=1, num_samples=2, num_tokens=4, seeds=(6,))
-    for name in ("normal", "uniform", "normal"):
-        drawn = getattr(together, name)()
-        assert torch.equal(drawn[2:4], getattr(alone, name)())
-        assert len({tuple(row.flatten().tolist()) for row in drawn}) == 6
+    together = draw_rows(make_numbers(num_images=3, num_samples=2, num_tokens=4, seeds=(5, 6, 7)))
+    alone = draw_rows(make_numbers(num_images=1, num_samples=2, num_tokens=4, seeds=(6,)))
+    for of_all, of_one in zip(together, alone):
+        assert torch.equal(of_all[:, 2:4], of_one)
+        assert len({tuple(row.flatten().tolist()) for row in of_all.flatten(0, 1)}) == 12
 
 
 @pytest.mark.parametrize("seeds", [(0,), (3, 4, 5)])
-def test_rows_that_stay_draw_what_they_would_have_drawn(seeds: Sequence[int]) -> None:
+def test_rows_that_stay_have_what_they_would_have_had(seeds: Sequence[int]) -> None:
     all_rows, some_rows = (make_numbers(num_images=3, num_samples=2, seeds=seeds) for _ in range(2))
+    drawn, same = all_rows.draw(2)[0], some_rows.draw(2)[0]
     keep = torch.tensor([True, False, False, True, True, False])
     some_rows.select(keep)
-    assert torch.equal(some_rows.normal(), all_rows.normal()[keep])
+    assert torch.equal(some_rows.of_rows(same, 0), all_rows.of_rows(drawn, 0)[keep])
     some_rows.select(torch.tensor([False, True, True]))
-    assert torch.equal(some_rows.uniform(), all_rows.uniform()[[3, 4]])
+    assert torch.equal(some_rows.of_rows(same, 1), all_rows.of_rows(drawn, 1)[[3, 4]])
 
 
 def test_rows_of_nested_tensors_are_selected() -> None:
@@ -177,27 +202,37 @@ def test_rows_of_nested_tensors_are_selected() -> None:
 # ---- Renoising
 
 
+def at(timestep: int) -> Tensor:
+    return torch.tensor(timestep)
+
+
 def test_renoising_starts_from_pure_noise_and_forgets_the_old_state() -> None:
-    sampler = RenoiseSampler(20, make_numbers(num_images=2, num_tokens=2), nothing_known(2, 2))
-    start = sampler.start()
+    sampler, noise = RenoiseSampler(20), torch.randn(2, 2, 2, 3)
+    start = sampler.start(nothing_known(2, 2), noise[0])
     assert start.timesteps.tolist() == [[20, 20]] * 2 and not start.is_final.any()
     prediction = Prediction(torch.tensor([[2, 1], [0, 2]]), torch.zeros(2, 2))
-    state = sampler.step(prediction, 15)
+    state = sampler.step(start, prediction, at(15), noise[1])
     assert torch.equal(state.tokens, prediction.tokens) and state.timesteps.tolist() == [[15, 15]] * 2
-    numbers = make_numbers(num_images=2, num_tokens=2)
-    assert torch.equal(start.noise, numbers.normal()) and torch.equal(state.noise, numbers.normal())
+    assert torch.equal(start.noise, noise[0]) and torch.equal(state.noise, noise[1])
+    assert sampler.timesteps_of_tokens(4) == [20, 15, 10, 5]
 
 
 def test_known_tokens_are_renoised_and_final() -> None:
     given_tokens = known([[1, 0], [0, 2]], [[1, 0], [0, 1]])
-    sampler = RenoiseSampler(20, make_numbers(num_images=2, num_tokens=2), given_tokens)
-    start = sampler.start()
+    sampler = RenoiseSampler(20)
+    start = sampler.start(given_tokens, torch.randn(2, 2, 3))
     assert start.timesteps.tolist() == [[20, 20]] * 2  # pure noise: they appear as t falls
     assert torch.equal(start.is_final, given_tokens.mask)
-    sampler.select(torch.tensor([False, True]))
-    sampler.numbers.select(torch.tensor([False, True]))
-    state = sampler.step(Prediction(torch.tensor([[1, 2]]), torch.zeros(1, 2)), 5)
-    assert state.is_final.tolist() == [[False, True]] and len(state.noise) == 1
+    state = sampler.step(start, Prediction(torch.tensor([[1, 2], [0, 2]]), torch.zeros(2, 2)), at(5), start.noise)
+    assert torch.equal(state.is_final, given_tokens.mask)
+
+
+def test_a_renoised_row_is_final_once_all_its_tokens_are_sure() -> None:
+    sampler = RenoiseSampler(20, confidence_threshold=0.9)
+    start = sampler.start(known([[1, 0], [0, 0], [0, 0]], [[1, 0], [0, 0], [0, 0]]), None)
+    log_probs = torch.tensor([[0.1, 0.95], [0.95, 0.89], [0.9001, 0.95]]).log()
+    state = sampler.step(start, Prediction(torch.zeros(3, 2, dtype=torch.long), log_probs), at(5), None)
+    assert state.is_final.tolist() == [[True, True], [False, False], [True, True]]
 
 
 # ---- Confidence
@@ -205,32 +240,45 @@ def test_known_tokens_are_renoised_and_final() -> None:
 
 def test_the_surest_tokens_are_settled_and_may_be_revised() -> None:
     """T = 100: settled tokens are at 0.02 T, all others at T."""
-    sampler = ConfidenceSampler(100, make_numbers(num_tokens=4), nothing_known(1, 4))
-    state = sampler.start()
+    sampler = ConfidenceSampler(100)
+    state = sampler.start(nothing_known(1, 4), None)
     assert state.timesteps.tolist() == [[100] * 4]
     prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-0.1, -3.0, -0.5, -0.2]]))
-    state = sampler.step(prediction, 50)
+    state = sampler.step(state, prediction, at(50), None)
     assert state.timesteps.tolist() == [[2, 100, 100, 2]] and not state.is_final.any()
     # Others are settled where the network has become surer of them
     prediction = Prediction(torch.tensor([[1, 2, 0, 1]]), torch.tensor([[-4.0, -0.1, -0.2, -3.0]]))
-    state = sampler.step(prediction, 50)
+    state = sampler.step(state, prediction, at(50), None)
     assert state.timesteps.tolist() == [[100, 2, 2, 100]]
-    state = sampler.step(prediction, 25)
+    state = sampler.step(state, prediction, at(25), None)
     assert state.timesteps.tolist() == [[100, 2, 2, 2]]
+    assert sorted(sampler.timesteps_of_tokens(4)) == [2, 100]
+
+
+def test_with_a_threshold_sure_tokens_are_settled_for_good() -> None:
+    """One of four places has its turn at t = 75; another is as sure as 0.9."""
+    sampler = ConfidenceSampler(100, confidence_threshold=0.9)
+    state = sampler.start(nothing_known(1, 4), None)
+    tokens = torch.tensor([[1, 2, 0, 1]])
+    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.91, 0.2, 0.3, 0.95]]).log()), at(75), None)
+    assert state.is_final.tolist() == [[True, False, False, True]] and state.timesteps.tolist() == [[2, 100, 100, 2]]
+    # What is settled stays so, and the surest of the others has its turn
+    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.1, 0.2, 0.3, 0.1]]).log()), at(25), None)
+    assert state.is_final.tolist() == [[True, True, True, True]]
 
 
 def test_known_tokens_have_little_noise_from_the_start() -> None:
-    sampler = ConfidenceSampler(100, make_numbers(num_tokens=3), known([[2, 0, 0]], [[1, 0, 0]]))
-    state = sampler.start()
+    sampler = ConfidenceSampler(100)
+    state = sampler.start(known([[2, 0, 0]], [[1, 0, 0]]), None)
     assert state.tokens[0, 0] == 2 and state.timesteps.tolist() == [[2, 100, 100]]
     assert state.is_final.tolist() == [[True, False, False]]
-    state = sampler.step(Prediction(torch.tensor([[2, 1, 0]]), torch.tensor([[-9.0, -1.0, -2.0]])), 50)
+    prediction = Prediction(torch.tensor([[2, 1, 0]]), torch.tensor([[-9.0, -1.0, -2.0]]))
+    state = sampler.step(state, prediction, at(50), None)
     assert state.timesteps.tolist() == [[2, 2, 100]]  # one of two free places
 
 
 def test_a_settled_token_has_noise_of_at_least_the_first_timestep() -> None:
-    sampler = ConfidenceSampler(10, make_numbers(), known([[1]], [[1]]))
-    assert sampler.start().timesteps.tolist() == [[1]]
+    assert ConfidenceSampler(10).start(known([[1]], [[1]]), None).timesteps.tolist() == [[1]]
 
 
 # ---- Masks
@@ -241,40 +289,49 @@ MASK = 5
 
 def test_masks_give_way_in_the_order_of_confidence() -> None:
     """Four places of which 2, then 3, then 4 are to be visible."""
-    sampler = UnmaskingSampler([1.0, 0.75, 0.5, 0.0], MASK, nothing_known(1, 4))
-    state = sampler.start()
+    sampler = UnmaskingSampler(torch.tensor([1.0, 0.75, 0.5, 0.0]), MASK)
+    state = sampler.start(nothing_known(1, 4))
     assert state.tokens.tolist() == [[MASK] * 4] and state.noise is None
     assert state.timesteps.tolist() == [[3] * 4] and not state.is_final.any()
     log_probs = torch.tensor([[-0.1, -3.0, -0.5, -0.2]])
-    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 2)
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), at(2))
     assert state.tokens.tolist() == [[1, MASK, MASK, 4]] and state.timesteps.tolist() == [[2] * 4]
     assert state.is_final.tolist() == [[True, False, False, True]]
     # What is visible stays, however sure the network now is of other places
     log_probs = torch.tensor([[-9.0, -1.0, -2.0, -9.0]])
-    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 1)
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), at(1))
     assert state.tokens.tolist() == [[1, 2, MASK, 4]]
-    state = sampler.step(Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), 0)
+    state = sampler.step(state, Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), at(0))
     assert state.tokens.tolist() == [[1, 2, 3, 4]] and state.is_final.all()
 
 
+def test_sure_tokens_are_unmasked_before_their_turn() -> None:
+    sampler = UnmaskingSampler(torch.tensor([1.0, 0.75, 0.5, 0.0]), MASK, confidence_threshold=0.9)
+    log_probs = torch.tensor([[0.95, 0.92, 0.3, 0.99]]).log()
+    state = sampler.step(
+        sampler.start(nothing_known(1, 4)), Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), at(2)
+    )
+    assert state.tokens.tolist() == [[1, 2, MASK, 4]]
+
+
 def test_known_tokens_are_no_masks() -> None:
-    sampler = UnmaskingSampler([1.0, 0.5, 0.0], MASK, known([[3, 0, 0]], [[1, 0, 0]]))
-    state = sampler.start()
+    sampler = UnmaskingSampler(torch.tensor([1.0, 0.5, 0.0]), MASK)
+    state = sampler.start(known([[3, 0, 0]], [[1, 0, 0]]))
     assert state.tokens.tolist() == [[3, MASK, MASK]] and state.is_final.tolist() == [[True, False, False]]
-    state = sampler.step(Prediction(torch.tensor([[3, 1, 2]]), torch.tensor([[-9.0, -2.0, -1.0]])), 1)
+    prediction = Prediction(torch.tensor([[3, 1, 2]]), torch.tensor([[-9.0, -2.0, -1.0]]))
+    state = sampler.step(state, prediction, at(1))
     assert state.tokens.tolist() == [[3, MASK, 2]]  # one of two free places
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), num_timesteps=st.integers(1, 30), length=st.integers(1, 12))
 def test_mask_loop_unmasks_everything(data: st.DataObject, num_timesteps: int, length: int) -> None:
-    visible_share = mask_schedule("cosine", num_timesteps).tolist()
-    sampler = UnmaskingSampler(visible_share, MASK, nothing_known(2, length))
+    sampler = UnmaskingSampler(mask_schedule("cosine", num_timesteps), MASK)
     steps = data.draw(st.integers(1, num_timesteps))
-    state, masks_left = sampler.start(), [length]
+    state, masks_left = sampler.start(nothing_known(2, length)), [length]
     for timestep in inference_timesteps(num_timesteps, steps)[1:]:
         tokens = torch.where(state.is_final, state.tokens, torch.randint(5, (2, length)))
-        state = sampler.step(Prediction(tokens, torch.randn(2, length)), timestep)
+        state = sampler.step(state, Prediction(tokens, torch.randn(2, length)), at(timestep))
         masks_left.append((state.tokens == MASK).sum(1).max().item())
     assert masks_left == sorted(masks_left, reverse=True)
     assert masks_left[-1] == 0
@@ -287,18 +344,22 @@ def test_words_and_padding_are_settled_in_the_same_share() -> None:
     """Padding, of places 3 to 6, is the surest; still two of four words' and padding's places are settled by half."""
     log_probs = torch.tensor([[-3.0, -1.0, -2.0, -0.4, -0.1, -0.2, -0.3]])
     nothing, beyond_end = torch.zeros(1, 7).bool(), torch.tensor([[False, False, False, True, True, True, True]])
-    settled = most_confident(log_probs, 0.5, nothing, nothing)
+    settled = most_confident(log_probs, torch.tensor(0.5), nothing, nothing)
     assert settled.tolist() == [[False, False, False, True, True, True, True]]
-    settled = most_confident(log_probs, 0.5, nothing, beyond_end)
+    settled = most_confident(log_probs, torch.tensor(0.5), nothing, beyond_end)
     assert settled.tolist() == [[False, True, True, False, True, True, False]]  # 1.5 rounds to the even 2
 
 
 def test_given_places_are_settled_beside_the_share_of_the_others() -> None:
     log_probs = torch.tensor([[-9.0, -1.0, -2.0, -3.0, -4.0]])
     given_mask, nothing = torch.tensor([[True, False, False, False, False]]), torch.zeros(1, 5).bool()
-    assert most_confident(log_probs, 0.5, given_mask, nothing).tolist() == [[True, True, True, False, False]]
-    assert most_confident(log_probs, 0.0, given_mask, nothing).tolist() == [[True, False, False, False, False]]
-    assert most_confident(log_probs, 1.0, given_mask, nothing).all()
+    assert most_confident(log_probs, torch.tensor(0.5), given_mask, nothing).tolist() == [
+        [True, True, True, False, False]
+    ]
+    assert most_confident(log_probs, torch.tensor(0.0), given_mask, nothing).tolist() == [
+        [True, False, False, False, False]
+    ]
+    assert most_confident(log_probs, torch.tensor(1.0), given_mask, nothing).all()
 
 
 def test_places_behind_the_end() -> None:
@@ -315,11 +376,11 @@ def test_places_behind_the_end() -> None:
 def test_samplers_settle_words_and_padding_in_the_same_share(kind: str) -> None:
     """The end, 2, stands at place 1: two places behind it and two up to it, of which half is settled each."""
     if kind == "confidence":
-        sampler = ConfidenceSampler(100, make_numbers(num_tokens=4), nothing_known(1, 4), (2, 0))
+        sampler = ConfidenceSampler(100, (2, 0))
     else:
-        sampler = UnmaskingSampler([1 - t / 100 for t in range(101)], MASK, nothing_known(1, 4), (2, 0))
+        sampler = UnmaskingSampler(torch.linspace(1, 0, 101), MASK, (2, 0))
     prediction = Prediction(torch.tensor([[4, 2, 0, 0]]), torch.tensor([[-3.0, -4.0, -0.1, -0.2]]))
-    state = sampler.step(prediction, 50)
+    state = sampler.step(sampler.start(nothing_known(1, 4), None), prediction, at(50), None)
     settled = state.timesteps == 2 if kind == "confidence" else state.is_final
     assert settled.tolist() == [[True, False, True, False]]
 
@@ -333,15 +394,21 @@ class RecordingNetwork:
     def __init__(self, logits: Tensor):
         self.logits = logits
         self.states: list[NoisyTokens] = []
-        self.unconditional_states: list[NoisyTokens] = []
+        self.scales: list[float | None] = []
+        self.places: list[Tensor | None] = []
+        self.timesteps: list[int] = []
 
-    def __call__(self, state: NoisyTokens, conditional: bool = True) -> Tensor:
-        (self.states if conditional else self.unconditional_states).append(state)
+    def prepare(self, rows: int, timesteps: Tensor, noise: Tensor | None, is_guided: bool) -> Tensor | None:
+        self.timesteps = timesteps.tolist()
+        return noise
+
+    def __call__(self, state: NoisyTokens, guidance_scale: Tensor | None, places: Tensor | None = None) -> Tensor:
+        self.states.append(state)
+        self.scales.append(None if guidance_scale is None else guidance_scale.item())
+        self.places.append(places)
         logits = self.logits.expand(len(state.tokens), -1, -1)
-        return logits if conditional else torch.zeros_like(logits)
-
-    def to_logits(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
-        return prediction
+        logits = logits if guidance_scale is None else apply_guidance(logits, torch.zeros_like(logits), guidance_scale)
+        return logits if places is None else logits[places]
 
     def select(self, keep: Tensor) -> None:
         if len(self.logits) > 1:
@@ -353,25 +420,24 @@ def run_renoising(
 ) -> list[DenoisingStep]:
     """The paper's loop with T = 10 and 3 categories."""
     numbers = make_numbers(num_images=rows, num_tokens=num_tokens)
-    sampler = RenoiseSampler(10, numbers, nothing_known(rows, num_tokens))
-    return list(denoise(network, sampler, numbers, scales, **settings))
+    return list(denoise(network, RenoiseSampler(10), numbers, nothing_known(rows, num_tokens), scales, **settings))
 
 
 def test_loop_by_hand() -> None:
     network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0], [2.0, 0.0, 1.0]]]))
     steps = run_renoising(network, rows=2, num_tokens=2, scales=[1.0] * 4)
-    # One call a step, none at t = 0
+    # One call a step, none at t = 0, without guidance
     assert [state.timesteps.unique().tolist() for state in network.states] == [[10], [8], [5], [3]]
-    assert [step.timestep for step in steps] == [10, 8, 5, 3]
-    assert not network.unconditional_states  # guidance of scale 1 costs nothing
+    assert [step.timestep for step in steps] == network.timesteps == [10, 8, 5, 3]
+    assert network.scales == [None] * 4
     for step in steps:
         assert step.prediction.tokens.tolist() == [[1, 0], [1, 0]] and step.rows.tolist() == [0, 1]
         log_probs = torch.tensor([5.0 - math.log(1 + math.exp(5) + math.e), 2.0 - math.log(math.exp(2) + 1 + math.e)])
         torch.testing.assert_close(step.prediction.log_probs, log_probs.expand(2, 2))
     # The states: pure noise, then the predicted tokens with fresh noise of their timestep
-    numbers = make_numbers(num_images=2, num_tokens=2)
-    for state in network.states:
-        assert torch.equal(state.noise, numbers.normal())
+    noise, _ = make_numbers(num_tokens=2).draw(4)
+    for step, state in enumerate(network.states):
+        assert torch.equal(state.noise, noise[step].expand(2, -1, -1))
     assert all(state.tokens.tolist() == [[1, 0], [1, 0]] for state in network.states[1:])
 
 
@@ -379,19 +445,18 @@ def test_guidance_within_the_loop() -> None:
     logits = torch.tensor([[[1.0, 0.0, -1.0]]])
     network = RecordingNetwork(logits)
     steps = run_renoising(network, rows=1, num_tokens=1, scales=[1.0, 2.0, 3.0])
+    assert network.scales == [1.0, 2.0, 3.0]
     for step, scale in zip(steps, (1, 2, 3)):
         torch.testing.assert_close(step.logits, scale * logits)
-    # Both branches see the same state, and the step of scale 1 has one branch
-    assert len(network.states) == 3 and len(network.unconditional_states) == 2
-    for state, unconditional in zip(network.states[1:], network.unconditional_states):
-        assert state is unconditional
 
 
 def test_a_multinomial_loop_draws_the_same_in_every_image_and_anew_in_every_step() -> None:
     network = RecordingNetwork(torch.zeros(1, 16, 3))
     numbers = make_numbers(num_images=3, num_samples=2, num_tokens=16)
-    sampler = RenoiseSampler(10, numbers, nothing_known(6, 16))
-    steps = list(denoise(network, sampler, numbers, [1.0] * 3, sampling_strategy="multinomial"))
+    known_tokens = nothing_known(6, 16)
+    steps = list(
+        denoise(network, RenoiseSampler(10), numbers, known_tokens, [1.0] * 3, sampling_strategy="multinomial")
+    )
     for step in steps:
         tokens = step.prediction.tokens
         assert torch.equal(tokens[0:2], tokens[2:4]) and not torch.equal(tokens[0], tokens[1])
@@ -403,8 +468,8 @@ def test_loop_of_masks_shows_the_network_ever_fewer_masks() -> None:
     logits = torch.zeros(1, 4, 5)
     logits[0, torch.arange(4), torch.tensor([3, 1, 4, 0])] = torch.tensor([9.0, 5.0, 7.0, 3.0])
     network = RecordingNetwork(logits)
-    sampler = UnmaskingSampler([1.0, 0.75, 0.5, 0.25, 0.0], MASK, nothing_known(1, 4))
-    steps = list(denoise(network, sampler, make_numbers(), [1.0] * 4))
+    sampler = UnmaskingSampler(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), MASK)
+    steps = list(denoise(network, sampler, make_numbers(width=None), nothing_known(1, 4), [1.0] * 4))
     assert [state.tokens.tolist() for state in network.states] == [
         [[MASK, MASK, MASK, MASK]],
         [[3, MASK, MASK, MASK]],
@@ -417,8 +482,7 @@ def test_loop_of_masks_shows_the_network_ever_fewer_masks() -> None:
 def test_known_tokens_are_in_every_prediction() -> None:
     network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]).expand(1, 2, 3))
     numbers = make_numbers(num_tokens=2)
-    sampler = RenoiseSampler(10, numbers, known([[2, 0]], [[1, 0]]))
-    steps = list(denoise(network, sampler, numbers, [1.0] * 3))
+    steps = list(denoise(network, RenoiseSampler(10), numbers, known([[2, 0]], [[1, 0]]), [1.0] * 3))
     assert all(step.prediction.tokens.tolist() == [[2, 1]] for step in steps)
 
 
@@ -426,7 +490,7 @@ def test_processed_logits_decide() -> None:
     network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]))
     seen = []
 
-    def forbid_one(logits: Tensor, rows: Tensor, choose: TokenChoice) -> Tensor:
+    def forbid_one(rows: Tensor, logits: Tensor, choose: TokenChoice) -> Tensor:
         seen.append((rows.tolist(), choose(logits).tolist()))
         return logits.index_fill(-1, torch.tensor([1]), -torch.inf)
 
@@ -456,3 +520,32 @@ def test_a_loop_ends_when_all_rows_have_settled() -> None:
     network = RecordingNetwork(torch.tensor([[[0.0, 5.0, 1.0]]]))
     steps = run_renoising(network, rows=2, num_tokens=1, scales=[1.0] * 10, stability_threshold=3)
     assert [step.timestep for step in steps] == [10, 9, 8, 7]
+
+
+def test_only_logits_of_open_places_are_computed_where_nothing_reads_the_others() -> None:
+    """Masks: what is visible is final. The result is that of a loop with all logits."""
+    logits = torch.zeros(1, 4, 5)
+    logits[0, torch.arange(4), torch.tensor([3, 1, 4, 0])] = torch.tensor([9.0, 5.0, 7.0, 3.0])
+    sampler, networks, results = UnmaskingSampler(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), MASK), [], []
+    for all_logits in (True, False):
+        networks.append(RecordingNetwork(logits))
+        arguments = (make_numbers(num_images=2, width=None), known([[0, 0, 2, 0]] * 2, [[0, 0, 1, 0]] * 2), [1.0] * 4)
+        results.append(list(denoise(networks[-1], sampler, *arguments, all_logits=all_logits)))
+    assert networks[0].places == [None] * 4
+    assert [places.sum().item() for places in networks[1].places] == [6, 4, 2, 2]
+    for whole, part in zip(*results):
+        assert part.logits is None and torch.equal(part.prediction.tokens, whole.prediction.tokens)
+    assert results[1][-1].prediction.tokens.tolist() == [[3, 1, 2, 0]] * 2
+
+
+def test_rows_that_are_sure_leave_the_loop() -> None:
+    """Row 0 is sure of all places at once; row 1 of one, so that the last place is its turn at the end."""
+    logits = torch.zeros(2, 2, 3)
+    logits[0, :, 1], logits[1, 0, 2] = 50.0, 50.0
+    network, numbers = RecordingNetwork(logits), make_numbers(num_images=2, num_tokens=2)
+    sampler = ConfidenceSampler(10, confidence_threshold=0.9)
+    steps = list(denoise(network, sampler, numbers, nothing_known(2, 2), [1.0] * 10))
+    assert steps[0].rows.tolist() == [0, 1] and all(step.rows.tolist() == [1] for step in steps[1:])
+    # By half of the timesteps one of two places is settled, and by 0.25 T, of ten steps the eighth, both
+    assert [step.timestep for step in steps] == [10, 9, 8, 7, 6, 5, 4, 3]
+    assert steps[-1].prediction.tokens.tolist() == [[2, 0]]

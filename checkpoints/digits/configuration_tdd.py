@@ -175,6 +175,11 @@ class TDDConfig(PreTrainedConfig):
             The "to one" operation (appendix A.2): `"argmax"`, the default and the paper's, or `"multinomial"`.
         num_noise_samples (`int`, *optional*):
             Number of noise draws whose predicted probabilities a classification averages, 1 by default (ours).
+        stability_threshold (`int`, *optional*):
+            A classification ends when its label has not changed for so many steps (ours). By default all steps are
+            taken.
+        confidence_threshold (`float`, *optional*):
+            A classification ends when its label is at least as probable (ours). By default all steps are taken.
 
     Raises:
         `ValueError`: for an unknown field, or a value of a wrong type or out of its range. The message names the
@@ -243,6 +248,8 @@ class TDDConfig(PreTrainedConfig):
     guidance_schedule: str | None = None
     sampling_strategy: str | None = None
     num_noise_samples: int | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | int | None = None
 
     def __post_init__(self, **kwargs):
         # Here, since Transformers drops some names without a word

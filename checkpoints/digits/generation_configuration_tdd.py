@@ -43,6 +43,11 @@ class TDDGenerationConfig(GenerationConfig):
             s(t) of Algorithm 1: `"constant"`, or a `"linear"` or `"cosine"` rise from 1 to `guidance_scale`.
         stability_threshold (`int`, *optional*):
             A row whose tokens have not changed for so many steps is finished. By default all steps are taken.
+        confidence_threshold (`float`, *optional*):
+            Tokens that are at least as probable are settled at once and for good, beside those whose turn it is, and
+            a row is finished when all its tokens are settled. So `num_inference_steps` is the most that a row takes.
+            With the sampler `"renoise"` no token is settled before the others: a row is finished when all its tokens
+            are as probable. By default all steps are taken.
         seed (`int`, *optional*, defaults to 0):
             Seed of all random numbers. Calls with the same seed agree.
 
@@ -88,6 +93,7 @@ class TDDGenerationConfig(GenerationConfig):
         "guidance_scale": 1.0,
         "guidance_schedule": "constant",
         "stability_threshold": None,
+        "confidence_threshold": None,
         "seed": 0,
         "do_sample": False,
         "temperature": None,

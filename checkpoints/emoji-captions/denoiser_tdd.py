@@ -6,11 +6,13 @@ timestep of the K-fold feature reuse and every noise sample reads them. The nota
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -28,7 +30,7 @@ from .diffusion_tdd import NoiseSchedule, add_noise, noise_factor
 from .sampling_tdd import select_rows
 
 
-KeyValues = tuple[tuple[Tensor, Tensor], ...]
+KeyValue = tuple[Tensor, Tensor]
 
 
 def eager_attention_forward(
@@ -75,23 +77,21 @@ class TDDAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        key: Tensor,
-        value: Tensor,
+        keys_and_values: Sequence[KeyValue],
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        """Each of several successive groups of rows, of the same size, attends to keys and values of its own. The
+        attention weights are those of the first group."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            self._split_heads(self.q_proj(hidden_states)),
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        queries = self._split_heads(self.q_proj(hidden_states)).chunk(len(keys_and_values))
+        groups = [
+            attention(self, query, *pair, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+            for query, pair in zip(queries, keys_and_values)
+        ]
+        output = groups[0][0] if len(groups) == 1 else torch.cat([output for output, _ in groups])
+        return self.o_proj(output.reshape(hidden_states.shape)), groups[0][1]
 
 
 class TDDMLP(nn.Module):
@@ -125,33 +125,50 @@ class TDDLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         prefix: Tensor | None = None,
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prefix_attention_mask: Tensor | None = None,
+        null_prefix: KeyValue | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """From noisy tokens and a prefix, or its keys and values, to both after this layer, and the keys and values.
-        `hidden_states` has one or several successive rows for each row of `prefix`."""
+        `hidden_states` has one or several successive rows for each row of `prefix`; without it the prefix alone is
+        encoded. With the keys and values of a null prefix, the second half of the rows attends to that."""
         if prefix_key is None:
-            prefix, key, value = self.encode_prefix(prefix, prefix_attention_mask)
-            repeats = hidden_states.shape[0] // key.shape[0]
-            prefix_key, prefix_value = (states.repeat_interleave(repeats, dim=0) for states in (key, value))
+            prefix, prefix_key, prefix_value = self._encode_prefix(prefix, prefix_attention_mask)
+            if hidden_states is None:
+                return None, prefix, prefix_key, prefix_value
+            repeats = hidden_states.shape[0] // prefix_key.shape[0]
+            prefix_key, prefix_value = (
+                states.repeat_interleave(repeats, dim=0) for states in (prefix_key, prefix_value)
+            )
         normed = self.layernorm_before(hidden_states)
-        key, value = self.attention.key_value(normed)
-        key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
-        attended, _ = self.attention(normed, key, value, attention_mask, **kwargs)
+        keys_and_values = self._keys_and_values(normed, (prefix_key, prefix_value), null_prefix)
+        attended, _ = self.attention(normed, keys_and_values, attention_mask, **kwargs)
         return self._add(hidden_states, attended), prefix, prefix_key, prefix_value
 
-    def encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _keys_and_values(self, normed: Tensor, prefix: KeyValue, null_prefix: KeyValue | None) -> list[KeyValue]:
+        """Those of its prefix and of the tokens themselves, for each group of rows that has a prefix of one length."""
+        prefixes = [prefix]
+        if null_prefix is not None:
+            null_prefix = tuple(states.expand(len(prefix[0]), -1, -1, -1) for states in null_prefix)
+            if null_prefix[0].shape == prefix[0].shape:
+                prefixes = [tuple(torch.cat(pair) for pair in zip(prefix, null_prefix))]
+            else:
+                prefixes.append(null_prefix)
+        own = zip(*(states.chunk(len(prefixes)) for states in self.attention.key_value(normed)))
+        return [tuple(torch.cat(pair, dim=2) for pair in zip(*group)) for group in zip(prefixes, own)]
+
+    def _encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The prefix, which attends to itself alone, after this layer, and its keys and values in it."""
         normed = self.layernorm_before(prefix)
         key, value = self.attention.key_value(normed)
         if not self.is_last:  # nothing reads the prefix after the last layer
             # `forward`, and not a call: recorded attention weights are those of the noisy tokens
-            attended, _ = self.attention.forward(normed, key, value, attention_mask)
+            attended, _ = self.attention.forward(normed, [(key, value)], attention_mask)
             prefix = self._add(prefix, attended)
         return prefix, key, value
 
@@ -166,35 +183,41 @@ class TDDTokenEmbedding(nn.Embedding):
     bring a module's weights for its `forward` alone.
     """
 
-    def forward(
-        self,
-        tokens: Tensor | None = None,
-        timesteps: Tensor | None = None,
-        noise: Tensor | None = None,
-        schedule: NoiseSchedule | None = None,
-        factor: Tensor | None = None,
-    ) -> Tensor:
+    def __init__(self, num_categories: int, width: int):
+        super().__init__(num_categories, width)
+        self._kept_factor: tuple[Tensor, Tensor] | None = None  # with a checksum of the weights that it belongs to
+
+    def forward(self, tokens: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         r"""
         Args:
             tokens (`torch.Tensor`, *optional*):
                 int64 of shape `(rows, N)`, or probabilities of shape `(rows, N, K)`.
-            timesteps (`torch.LongTensor` of shape `(rows, N)`, *optional*): With `noise`: its timesteps.
-            noise (`torch.Tensor` of shape `(rows, N, K)` or `(rows, N, d)`, *optional*): Standard normal noise.
-            schedule ([`NoiseSchedule`], *optional*): With `noise`: how much of it a timestep has.
-            factor (`torch.Tensor` of shape `(d, d)`, *optional*): For noise of width d.
+            noise (`torch.Tensor` of shape `(..., K)` or `(..., d)`, *optional*):
+                In place of tokens: standard normal noise. With width d it stands for noise of width K of the same
+                distribution after W, see [`~diffusion_tdd.noise_factor`].
 
         Returns:
-            `torch.Tensor`: `y_t W` of shape `(rows, N, d)`, or `y_0 W` without noise. Without tokens the factor that
-            projects noise of width d, see [`~diffusion_tdd.noise_factor`]; it costs O(K d^2).
+            `torch.Tensor`: `y_0 W` or `epsilon W`, of width d.
         """
-        if tokens is None:
+        if noise is not None:
+            factor = self.weight if noise.shape[-1] == self.num_embeddings else self._noise_factor()
+            return noise.to(factor.dtype) @ factor
+        if tokens.is_floating_point():
+            return tokens.to(self.weight.dtype) @ self.weight
+        return super().forward(tokens)
+
+    def _noise_factor(self) -> Tensor:
+        """The factor, of O(K d^2) operations. Without gradients it is kept, for as long as the weights are the same:
+        their checksum, of O(K d) operations, sees changes that `Tensor._version` does not."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.weight.requires_grad):
             return noise_factor(self.weight)
-        is_soft = tokens.is_floating_point()
-        clean = tokens.to(self.weight.dtype) @ self.weight if is_soft else super().forward(tokens)
-        if noise is None:
-            return clean
-        factor = self.weight if factor is None else factor
-        return add_noise(clean, noise.to(factor.dtype) @ factor, schedule, timesteps).to(clean.dtype)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self.embedding_dim, generator=generator).to(self.weight)
+        checksum = self.weight @ probe
+        kept = self._kept_factor
+        if kept is None or kept[0].device != checksum.device or not torch.equal(kept[0], checksum):
+            self._kept_factor = kept = (checksum, noise_factor(self.weight))
+        return kept[1]
 
 
 class TDDTimestepEmbedding(nn.Module):
@@ -222,20 +245,33 @@ class TDDTimestepEmbedding(nn.Module):
 
 class DenoiserCache(NamedTuple):
     r"""
-    What the steps of a loop share: the denoiser computes it in the first step and reads it in all others.
+    What the steps of a loop share, computed once and read in all of them.
 
     Args:
-        key_values (`tuple`, *optional*): Keys and values of the prefix, a pair for each layer, each of shape
-            `(rows, num_attention_heads, prefix_length, head_dim)`. `None`: still to be computed.
-        noise_factor (`torch.Tensor` of shape `(d, d)`, *optional*): See [`TDDTokenEmbedding`].
+        key_values (`tuple`): Keys and values of the prefix, a pair for each layer, each of shape
+            `(rows, num_attention_heads, prefix_length, head_dim)`.
+        null_key_values (`tuple`, *optional*):
+            The same of the null condition, of one token. With it the denoiser has two results for each noisy token:
+            first all under the images' condition, then all under none.
+        time_embeds (`torch.Tensor` of shape `(T + 1, d)`, *optional*): Those of the loop's timesteps, zero elsewhere.
+        noise_embeds (`torch.Tensor` of shape `(..., d)`, *optional*): The loop's noise times W.
     """
 
-    key_values: KeyValues | None
-    noise_factor: Tensor | None
+    key_values: tuple[KeyValue, ...]
+    null_key_values: tuple[KeyValue, ...] | None = None
+    time_embeds: Tensor | None = None
+    noise_embeds: Tensor | None = None
+
+    def repeat(self, repeats: int) -> "DenoiserCache":
+        """Each row `repeats` times in succession."""
+        if repeats == 1:
+            return self
+        repeated = tree_map(lambda states: states.repeat_interleave(repeats, dim=0), self.key_values)
+        return self._replace(key_values=repeated)
 
     def select(self, keep: Tensor) -> "DenoiserCache":
         """The rows of a boolean mask."""
-        return DenoiserCache(select_rows(self.key_values, keep), self.noise_factor)
+        return self._replace(key_values=select_rows(self.key_values, keep))
 
 
 @dataclass
@@ -311,49 +347,58 @@ class TDDDenoiser(PreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        tokens: Tensor,
-        timesteps: Tensor,
+        tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
         noise: Tensor | None = None,
         prefix: Tensor | None = None,
         drop_condition: Tensor | None = None,
         cache: DenoiserCache | None = None,
         use_cache: bool | None = None,
+        noise_embeds: Tensor | None = None,
+        add_null_condition: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TDDDenoiserOutput:
         r"""
         Args:
-            tokens (`torch.Tensor`):
+            tokens (`torch.Tensor`, *optional*):
                 Tokens to add noise to, int64 of shape `(rows, num_tokens)` with K for a mask, or probabilities of
-                shape `(rows, num_tokens, K)`. Several successive rows may belong to one image.
+                shape `(rows, num_tokens, K)`. Several successive rows may belong to one image. Without tokens the
+                cache of a loop is returned, and nothing is denoised.
             timesteps (`torch.LongTensor` of shape `(rows, num_tokens)`):
-                The timestep of each token, 1 ... T.
+                The timestep of each token, 1 ... T. Without tokens: the timesteps of the loop, of shape `(any,)`.
             noise (`torch.Tensor` of shape `(rows, num_tokens, min(K, d))` or `(rows, num_tokens, K)`, *optional*):
                 Standard normal noise. Both widths give the same distribution, see [`~diffusion_tdd.noise_factor`]; K
-                numbers are those of the one-hot vector. Not for masks.
+                numbers are those of the one-hot vector. Not for masks. Without tokens: all that the loop needs.
             prefix (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
                 The images' connected features, each for `rows / batch_size` rows. `None`, without `cache`, stands for
                 the null condition.
             drop_condition (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
                 Images whose prefix gives way to the null condition (appendix A.3).
             cache ([`DenoiserCache`], *optional*):
-                In place of `prefix`: that of an earlier step with the same images.
+                In place of `prefix`: that of an earlier call with the same images.
             use_cache (`bool`, *optional*):
-                Whether to return the cache.
+                Whether to return the keys and values of the prefix as a cache.
+            noise_embeds (`torch.Tensor` of shape `(rows, num_tokens, d)`, *optional*):
+                In place of `noise`: that of the cache.
+            add_null_condition (`bool`, *optional*, defaults to `False`):
+                Without tokens: whether the cache has the null condition too.
         """
+        if tokens is None:
+            return TDDDenoiserOutput(cache=self._prepare(prefix, timesteps, noise, add_null_condition))
         # 1. The prefix: from the cache, or the images', of which some may be dropped, or that of no image
         prefix_mask = prefix_attention_mask = attention_mask = None
         if cache is None:
-            cache = DenoiserCache(None, None)
-        cached_key_values = cache.key_values
-        if cached_key_values is None:
             prefix, prefix_mask = self._drop_condition(prefix, drop_condition)
             prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
-            cached_key_values = ((None, None),) * len(self.layers)
+            cache = DenoiserCache(((None, None),) * len(self.layers))
         # 2. The noisy tokens, with their places and times
-        factor = self._noise_factor(noise, cache)
-        hidden_states = self._embed(tokens, timesteps, noise, factor)
+        noise_embeds = self.token_embedding(noise=noise) if noise is not None else noise_embeds
+        hidden_states = self._embed(tokens, timesteps, noise_embeds)
         hidden_states = hidden_states + self.position_embeddings[: tokens.shape[1]]
-        hidden_states = hidden_states + self.time_embedding(timesteps, hidden_states.dtype)
+        hidden_states = hidden_states + self._embed_times(timesteps, hidden_states.dtype, cache)
+        null_key_values = cache.null_key_values
+        if null_key_values is not None:
+            hidden_states = hidden_states.repeat(2, 1, 1)
         # 3. They attend to the prefix and to each other; the prefix attends to itself
         if prefix_mask is not None:
             prefix_mask = prefix_mask.repeat_interleave(tokens.shape[0] // prefix.shape[0], dim=0)
@@ -361,15 +406,43 @@ class TDDDenoiser(PreTrainedModel):
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
             attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
         key_values = []
-        for layer, (key, value) in zip(self.layers, cached_key_values):
+        for index, (layer, (key, value)) in enumerate(zip(self.layers, cache.key_values)):
+            null_prefix = None if null_key_values is None else null_key_values[index]
             hidden_states, prefix, key, value = layer(
-                hidden_states, prefix, key, value, attention_mask, prefix_attention_mask, **kwargs
+                hidden_states, prefix, key, value, attention_mask, prefix_attention_mask, null_prefix, **kwargs
             )
             key_values.append((key, value))
         return TDDDenoiserOutput(
             last_hidden_state=self.norm(hidden_states),
-            cache=DenoiserCache(tuple(key_values), factor) if use_cache else None,
+            cache=DenoiserCache(tuple(key_values)) if use_cache else None,
         )
+
+    def _prepare(
+        self, prefix: Tensor | None, timesteps: Tensor, noise: Tensor | None, add_null_condition: bool
+    ) -> DenoiserCache:
+        """What the steps of a loop share."""
+        prefix = self.null_prefix if prefix is None else prefix
+        time_embeds = self.time_embedding(timesteps, prefix.dtype)
+        all_time_embeds = time_embeds.new_zeros(self.config.num_timesteps + 1, time_embeds.shape[-1])
+        return DenoiserCache(
+            key_values=self._encode_prefix(prefix),
+            null_key_values=self._encode_prefix(self.null_prefix) if add_null_condition else None,
+            time_embeds=all_time_embeds.index_copy(0, timesteps, time_embeds),
+            noise_embeds=None if noise is None else self.token_embedding(noise=noise),
+        )
+
+    def _encode_prefix(self, prefix: Tensor) -> tuple[KeyValue, ...]:
+        """The keys and values of a prefix in each layer."""
+        attention_mask, key_values = create_bidirectional_mask(self.config, prefix, None), []
+        for layer in self.layers:
+            _, prefix, key, value = layer(None, prefix, prefix_attention_mask=attention_mask)
+            key_values.append((key, value))
+        return tuple(key_values)
+
+    def _embed_times(self, timesteps: Tensor, dtype: torch.dtype, cache: DenoiserCache) -> Tensor:
+        if cache.time_embeds is None:
+            return self.time_embedding(timesteps, dtype)
+        return cache.time_embeds[timesteps]
 
     def _drop_condition(self, prefix: Tensor | None, drop_condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The prefix, of some images the null condition, and a mask of shape (batch_size, prefix_length) of what may
@@ -385,13 +458,7 @@ class TDDDenoiser(PreTrainedModel):
         is_first = torch.arange(prefix.shape[1], device=prefix.device) == 0
         return prefix, (~drop_condition[:, None] | is_first).long()
 
-    def _noise_factor(self, noise: Tensor | None, cache: DenoiserCache) -> Tensor | None:
-        """What projects noise of width d, from the cache or computed; noise of width K needs none."""
-        if noise is None or noise.shape[-1] == self.config.num_categories:
-            return None
-        return self.token_embedding() if cache.noise_factor is None else cache.noise_factor
-
-    def _embed(self, tokens: Tensor, timesteps: Tensor, noise: Tensor | None, factor: Tensor | None) -> Tensor:
+    def _embed(self, tokens: Tensor, timesteps: Tensor, noise_embeds: Tensor | None) -> Tensor:
         """`y_t W`, normalised and scaled as configured, of shape (rows, N, d)."""
         config = self.config
         if config.corruption == "mask":
@@ -399,7 +466,8 @@ class TDDDenoiser(PreTrainedModel):
             embeds = self.token_embedding(tokens.clamp(max=config.num_categories - 1))
             return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
         schedule = self.schedule_on(tokens.device)
-        embeds = self.input_norm(self.token_embedding(tokens, timesteps, noise, schedule, factor))
+        clean = self.token_embedding(tokens)
+        embeds = self.input_norm(add_noise(clean, noise_embeds, schedule, timesteps).to(clean.dtype))
         if config.input_weighting == "visibility":
             # Without it pure noise is as large as a token, and drowns position and condition (decision 11)
             embeds = embeds * schedule.visibility[timesteps][..., None].to(embeds.dtype)

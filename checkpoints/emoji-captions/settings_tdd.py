@@ -148,6 +148,7 @@ SETTINGS = {
     "num_noise_samples": integer(1, 2**16),
     "sampler": choice("renoise", "confidence"),
     "stability_threshold": _COUNT,
+    "confidence_threshold": number(0, 1, above=True),
     "seed": integer(0, 2**64 - 1),
     # Captions
     "max_length": _COUNT,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
@@ -88,8 +89,13 @@ def predict(
 @contextmanager
 def without_noise() -> Iterator[None]:
     """Within it, every draw of a denoising loop's noise is replaced by zeros."""
-    draw = RandomNumbers.normal
-    with patch.object(RandomNumbers, "normal", lambda numbers: torch.zeros_like(draw(numbers))):
+    draw = RandomNumbers.draw
+
+    def draw_zeros(numbers: RandomNumbers, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+        normal, uniform = draw(numbers, *args)
+        return None if normal is None else torch.zeros_like(normal), uniform
+
+    with patch.object(RandomNumbers, "draw", draw_zeros):
         yield
 
 
