@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """The diffusion process of TDD: noise schedules, and Gaussian noise on one-hot vectors. Tensors only, no network.
 
-Notation, here and in `loss_tdd.py`, `sampling_tdd.py` and `modeling_tdd.py`:
+Notation, here and in `loss_tdd.py`, `samplers_tdd.py`, `sampling_tdd.py` and `modeling_tdd.py`:
 
 | symbol          | variable              | meaning                                            | paper       |
 | --------------- | --------------------- | -------------------------------------------------- | ----------- |

@@ -25,17 +25,19 @@ from transformers.utils import logging
 from .configuration_tdd import check_steps
 from .diffusion_tdd import NoiseSchedule
 from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig, drop_inert
-from .sampling_tdd import (
+from .samplers_tdd import (
     ConfidenceSampler,
-    DenoisingStep,
     KnownTokens,
-    RandomNumbers,
     RenoiseSampler,
     Sampler,
-    TokenChoice,
     UnmaskingSampler,
-    denoise,
     follows_end,
+)
+from .sampling_tdd import (
+    DenoisingStep,
+    RandomNumbers,
+    TokenChoice,
+    denoise,
     guidance_scales,
 )
 from .settings_tdd import check, check_given, check_scores, integer, refuse_given

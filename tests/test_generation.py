@@ -13,7 +13,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_tdd import TDDForCaptioning, TDDGenerationConfig
-from modeling_tdd.sampling_tdd import NoisyTokens, apply_guidance
+from modeling_tdd.samplers_tdd import (
+    NoisyTokens,
+)
+from modeling_tdd.sampling_tdd import (
+    apply_guidance,
+)
 
 
 MakeCaptioner = Callable[..., TDDForCaptioning]
@@ -431,7 +436,7 @@ def test_trajectory(make_captioner: MakeCaptioner) -> None:
     assert trajectory.tokens.shape == trajectory.log_probs.shape == (3, 4, 6)
     assert trajectory.candidates.shape == trajectory.candidate_log_probs.shape == (3, 4, 6, 5)
     assert torch.equal(trajectory.candidates[..., 0], trajectory.tokens)  # the argmax comes first
-    assert torch.equal(trajectory.candidate_log_probs[..., 0], trajectory.log_probs)
+    torch.testing.assert_close(trajectory.candidate_log_probs[..., 0], trajectory.log_probs)
     assert (trajectory.candidate_log_probs.diff(dim=-1) <= 0).all() and (trajectory.candidate_log_probs <= 0).all()
     is_kept = outputs.log_probs != 0
     assert torch.equal(trajectory.tokens[:, -1][is_kept], outputs.sequences[is_kept])

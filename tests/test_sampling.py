@@ -11,22 +11,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modeling_tdd.diffusion_tdd import mask_schedule
-from modeling_tdd.sampling_tdd import (
+from modeling_tdd.samplers_tdd import (
     ConfidenceSampler,
-    DenoisingStep,
     KnownTokens,
     NoisyTokens,
     Prediction,
-    RandomNumbers,
     RenoiseSampler,
-    TokenChoice,
     UnmaskingSampler,
-    apply_guidance,
-    denoise,
     follows_end,
-    guidance_scales,
     inference_timesteps,
     most_confident,
+    share_of_sure,
+)
+from modeling_tdd.sampling_tdd import (
+    DenoisingStep,
+    RandomNumbers,
+    TokenChoice,
+    apply_guidance,
+    denoise,
+    guidance_scales,
     select_rows,
     to_one,
 )
@@ -256,15 +259,14 @@ def test_the_surest_tokens_are_settled_and_may_be_revised() -> None:
 
 
 def test_with_a_threshold_sure_tokens_are_settled_for_good() -> None:
-    """One of four places has its turn at t = 75; another is as sure as 0.9."""
+    """Two of four places are as sure as 0.9, whatever the timestep; then the surest of the others has its turn."""
     sampler = ConfidenceSampler(100, confidence_threshold=0.9)
     state = sampler.start(nothing_known(1, 4), None)
     tokens = torch.tensor([[1, 2, 0, 1]])
-    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.91, 0.2, 0.3, 0.95]]).log()), at(75), None)
+    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.91, 0.2, 0.3, 0.95]]).log()), at(99), None)
     assert state.is_final.tolist() == [[True, False, False, True]] and state.timesteps.tolist() == [[2, 100, 100, 2]]
-    # What is settled stays so, and the surest of the others has its turn
-    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.1, 0.2, 0.3, 0.1]]).log()), at(25), None)
-    assert state.is_final.tolist() == [[True, True, True, True]]
+    state = sampler.step(state, Prediction(tokens, torch.tensor([[0.1, 0.2, 0.3, 0.1]]).log()), at(1), None)
+    assert state.is_final.tolist() == [[True, False, True, True]]
 
 
 def test_known_tokens_have_little_noise_from_the_start() -> None:
@@ -307,10 +309,8 @@ def test_masks_give_way_in_the_order_of_confidence() -> None:
 
 def test_sure_tokens_are_unmasked_before_their_turn() -> None:
     sampler = UnmaskingSampler(torch.tensor([1.0, 0.75, 0.5, 0.0]), MASK, confidence_threshold=0.9)
-    log_probs = torch.tensor([[0.95, 0.92, 0.3, 0.99]]).log()
-    state = sampler.step(
-        sampler.start(nothing_known(1, 4)), Prediction(torch.tensor([[1, 2, 3, 4]]), log_probs), at(2)
-    )
+    prediction = Prediction(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.95, 0.92, 0.3, 0.99]]).log())
+    state = sampler.step(sampler.start(nothing_known(1, 4)), prediction, at(2))
     assert state.tokens.tolist() == [[1, 2, MASK, 4]]
 
 
@@ -340,26 +340,48 @@ def test_mask_loop_unmasks_everything(data: st.DataObject, num_timesteps: int, l
 # ---- Which places are settled first
 
 
+def state_of(given_mask: list[int], is_final: list[int] | None = None) -> NoisyTokens:
+    """A state of one row, of which only these masks matter."""
+    is_given, nothing = torch.tensor([given_mask]).bool(), torch.zeros(1, len(given_mask), dtype=torch.long)
+    return NoisyTokens(
+        nothing, nothing, None, is_given, is_given if is_final is None else torch.tensor([is_final]).bool()
+    )
+
+
 def test_words_and_padding_are_settled_in_the_same_share() -> None:
     """Padding, of places 3 to 6, is the surest; still two of four words' and padding's places are settled by half."""
     log_probs = torch.tensor([[-3.0, -1.0, -2.0, -0.4, -0.1, -0.2, -0.3]])
-    nothing, beyond_end = torch.zeros(1, 7).bool(), torch.tensor([[False, False, False, True, True, True, True]])
-    settled = most_confident(log_probs, torch.tensor(0.5), nothing, nothing)
+    half, nothing = torch.tensor(0.5), torch.zeros(1, 7).bool()
+    beyond_end = torch.tensor([[False, False, False, True, True, True, True]])
+    settled = most_confident(log_probs, half, state_of([0] * 7), nothing)
     assert settled.tolist() == [[False, False, False, True, True, True, True]]
-    settled = most_confident(log_probs, torch.tensor(0.5), nothing, beyond_end)
+    settled = most_confident(log_probs, half, state_of([0] * 7), beyond_end)
     assert settled.tolist() == [[False, True, True, False, True, True, False]]  # 1.5 rounds to the even 2
 
 
-def test_given_places_are_settled_beside_the_share_of_the_others() -> None:
+def test_given_places_are_settled_beside_the_share_of_the_others_and_final_ones_come_first() -> None:
     log_probs = torch.tensor([[-9.0, -1.0, -2.0, -3.0, -4.0]])
-    given_mask, nothing = torch.tensor([[True, False, False, False, False]]), torch.zeros(1, 5).bool()
-    assert most_confident(log_probs, torch.tensor(0.5), given_mask, nothing).tolist() == [
-        [True, True, True, False, False]
-    ]
-    assert most_confident(log_probs, torch.tensor(0.0), given_mask, nothing).tolist() == [
-        [True, False, False, False, False]
-    ]
-    assert most_confident(log_probs, torch.tensor(1.0), given_mask, nothing).all()
+    state, nothing = state_of([1, 0, 0, 0, 0]), torch.zeros(1, 5).bool()
+    for share, expected in ((0.5, [1, 1, 1, 0, 0]), (0.0, [1, 0, 0, 0, 0]), (1.0, [1] * 5)):
+        settled = most_confident(log_probs, torch.tensor(share), state, nothing)
+        assert settled.tolist() == [[bool(place) for place in expected]]
+    state = state_of([1, 0, 0, 0, 0], is_final=[1, 0, 0, 0, 1])
+    settled = most_confident(log_probs, torch.tensor(0.5), state, nothing)
+    assert settled.tolist() == [[True, True, False, False, True]]
+
+
+def test_share_of_sure_words_by_hand() -> None:
+    """Place 0 is given, and place 5 padding: four words."""
+    log_probs, state = torch.tensor([[0.1, 0.95, 0.5, 0.91, 0.2, 0.99]]).log(), state_of([1, 0, 0, 0, 0, 0])
+    beyond_end = torch.tensor([[False] * 5 + [True]])
+    assert share_of_sure(log_probs, 0.9, state, beyond_end).tolist() == [[0.5]]
+    assert share_of_sure(log_probs, 0.99, state, beyond_end).tolist() == [[0.25]]  # the likeliest alone
+    # Final words count, and beside them the likeliest of the others
+    state = state_of([1, 0, 0, 0, 0, 0], is_final=[1, 1, 0, 0, 1, 0])
+    assert share_of_sure(log_probs, 0.99, state, beyond_end).tolist() == [[0.75]]
+    # No word is open, or there is none
+    assert share_of_sure(log_probs, 0.99, state_of([1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]), beyond_end).item() == 1
+    assert share_of_sure(log_probs, 0.99, state_of([1] * 5 + [0]), beyond_end).item() == 1
 
 
 def test_places_behind_the_end() -> None:
@@ -538,14 +560,35 @@ def test_only_logits_of_open_places_are_computed_where_nothing_reads_the_others(
     assert results[1][-1].prediction.tokens.tolist() == [[3, 1, 2, 0]] * 2
 
 
-def test_rows_that_are_sure_leave_the_loop() -> None:
-    """Row 0 is sure of all places at once; row 1 of one, so that the last place is its turn at the end."""
-    logits = torch.zeros(2, 2, 3)
-    logits[0, :, 1], logits[1, 0, 2] = 50.0, 50.0
-    network, numbers = RecordingNetwork(logits), make_numbers(num_images=2, num_tokens=2)
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_rows_that_are_sure_leave_the_loop(corruption: str) -> None:
+    """Row 0 is sure of all places at once, row 1 of one of three: then the others follow one by one."""
+    logits = torch.zeros(2, 3, 5)
+    logits[0, :, 1], logits[1, 0, 2], logits[1, 2, 3] = 50.0, 50.0, 1.0
+    network, numbers = RecordingNetwork(logits), make_numbers(num_images=2, num_tokens=3)
     sampler = ConfidenceSampler(10, confidence_threshold=0.9)
-    steps = list(denoise(network, sampler, numbers, nothing_known(2, 2), [1.0] * 10))
-    assert steps[0].rows.tolist() == [0, 1] and all(step.rows.tolist() == [1] for step in steps[1:])
-    # By half of the timesteps one of two places is settled, and by 0.25 T, of ten steps the eighth, both
-    assert [step.timestep for step in steps] == [10, 9, 8, 7, 6, 5, 4, 3]
-    assert steps[-1].prediction.tokens.tolist() == [[2, 0]]
+    if corruption == "mask":
+        sampler = UnmaskingSampler(torch.linspace(1, 0, 11), MASK, confidence_threshold=0.9)
+    steps = list(denoise(network, sampler, numbers, nothing_known(2, 3), [1.0] * 10, all_logits=False))
+    assert [step.rows.tolist() for step in steps] == [[0, 1], [1], [1]]
+    assert [places.sum().item() for places in network.places] == [6, 2, 1]
+    assert steps[0].prediction.tokens.tolist() == [[1, 1, 1], [2, 0, 3]]
+    assert steps[-1].prediction.tokens.tolist() == [[2, 0, 3]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), length=st.integers(1, 12), threshold=st.floats(0.01, 1.0))
+def test_adaptive_rows_end_within_as_many_steps_as_they_have_places(
+    data: st.DataObject, length: int, threshold: float
+) -> None:
+    """Whatever is predicted: the network of this test draws its logits anew in each step, ends among them."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    sampler = ConfidenceSampler(100, (2, 0), confidence_threshold=threshold)
+    given_mask = torch.rand(3, length, generator=generator) < 0.3
+    state = sampler.start(KnownTokens(torch.randint(5, (3, length), generator=generator), given_mask), None)
+    for _ in range(length + 1):
+        tokens = torch.where(state.is_final, state.tokens, torch.randint(5, (3, length), generator=generator))
+        before = state
+        state = sampler.step(state, Prediction(tokens, torch.rand(3, length, generator=generator).log()), at(5), None)
+        assert (state.is_final | ~before.is_final).all()  # what is final stays so
+    assert state.is_final.all()

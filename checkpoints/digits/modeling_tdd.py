@@ -24,12 +24,14 @@ from .diffusion_tdd import add_noise, one_hot
 from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
 from .loss_tdd import diffusion_loss
-from .sampling_tdd import (
-    DenoisingFunction,
+from .samplers_tdd import (
     KnownTokens,
     NoisyTokens,
-    RandomNumbers,
     RenoiseSampler,
+)
+from .sampling_tdd import (
+    DenoisingFunction,
+    RandomNumbers,
     apply_guidance,
     compile_denoising_step,
     denoise,

@@ -34,8 +34,8 @@ class TDDGenerationConfig(GenerationConfig):
             Denoising steps. (The paper: strong at about 10, best at 20, for classification.)
         sampler (`str`, *optional*):
             With Gaussian noise: how the next noisy tokens follow from a prediction. `"renoise"`, the paper's, adds
-            noise of the next timestep to all tokens, see [`~sampling_tdd.RenoiseSampler`]. `"confidence"` (ours) adds
-            little to the likeliest tokens and hides the others, see [`~sampling_tdd.ConfidenceSampler`]; it is the
+            noise of the next timestep to all tokens, see [`~samplers_tdd.RenoiseSampler`]. `"confidence"` (ours) adds
+            little to the likeliest tokens and hides the others, see [`~samplers_tdd.ConfidenceSampler`]; it is the
             default of models trained with `timestep_sampling="per_token"`. With masks (MDD) there is no choice.
         guidance_scale (`float`, *optional*, defaults to 1.0):
             Classifier-free guidance (equation 1); 1.0 is none and costs nothing.
@@ -44,10 +44,10 @@ class TDDGenerationConfig(GenerationConfig):
         stability_threshold (`int`, *optional*):
             A row whose tokens have not changed for so many steps is finished. By default all steps are taken.
         confidence_threshold (`float`, *optional*):
-            Tokens that are at least as probable are settled at once and for good, beside those whose turn it is, and
-            a row is finished when all its tokens are settled. So `num_inference_steps` is the most that a row takes.
-            With the sampler `"renoise"` no token is settled before the others: a row is finished when all its tokens
-            are as probable. By default all steps are taken.
+            Adaptive steps (ours): in each step all words that are at least as probable are settled for good, at least
+            one, and padding in the same share; a row is finished when all its tokens are settled. So
+            `num_inference_steps` is the most that a row takes. With the sampler `"renoise"` no token is settled before
+            the others: a row is finished when all its tokens are as probable. By default all steps are taken.
         seed (`int`, *optional*, defaults to 0):
             Seed of all random numbers. Calls with the same seed agree.
 
