@@ -45,7 +45,8 @@ class DenoiserStep(nn.Module):
         super().__init__()
         self.denoiser, self.head = model.model.denoiser, model.get_output_embeddings()
         # What projects the noise is a constant, since the weights no longer change
-        self.noise_factor = self.denoiser.token_embedding(noise=torch.eye(model.config.noise_width))
+        noise = None if model.config.corruption == "mask" else torch.eye(model.config.noise_width)
+        self.noise_factor = None if noise is None else self.denoiser.token_embedding(noise=noise)
 
     def forward(self, inputs: list[Tensor], key_values: list[Tensor]) -> Tensor:
         tokens, timesteps, *noise = inputs

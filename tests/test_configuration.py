@@ -63,6 +63,8 @@ CLASSIFIER_FIELDS = {
     "guidance_schedule": "linear",
     "sampling_strategy": "multinomial",
     "num_noise_samples": 4,
+    "stability_threshold": 3,
+    "confidence_threshold": 0.9,
 }
 
 
@@ -223,6 +225,8 @@ INFERENCE_FIELDS = {
     "guidance_schedule": "constant",
     "sampling_strategy": "argmax",
     "num_noise_samples": 1,
+    "stability_threshold": 2,
+    "confidence_threshold": 0.9,
 }
 
 

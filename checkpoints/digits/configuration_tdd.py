@@ -21,6 +21,8 @@ CLASSIFIER_INFERENCE = {
     "guidance_schedule": "constant",
     "sampling_strategy": "argmax",
     "num_noise_samples": 1,
+    "stability_threshold": None,
+    "confidence_threshold": None,
 }
 # What Transformers and its Trainer write into any configuration, besides the fields of `PreTrainedConfig`
 OF_TRANSFORMERS = (

@@ -52,6 +52,11 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def in_groups(states: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Successive groups of rows. (`Tensor.chunk` fixes the number of rows in an exported graph.)"""
+    return states.unflatten(0, (number, -1)).unbind()
+
+
 class TDDAttention(nn.Module):
     """Self-attention whose keys and values may start with those of a prefix."""
 
@@ -85,7 +90,7 @@ class TDDAttention(nn.Module):
         attention weights are those of the first group."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        queries = self._split_heads(self.q_proj(hidden_states)).chunk(len(keys_and_values))
+        queries = in_groups(self._split_heads(self.q_proj(hidden_states)), len(keys_and_values))
         groups = [
             attention(self, query, *pair, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
             for query, pair in zip(queries, keys_and_values)
@@ -159,7 +164,7 @@ class TDDLayer(GradientCheckpointingLayer):
                 prefixes = [tuple(torch.cat(pair) for pair in zip(prefix, null_prefix))]
             else:
                 prefixes.append(null_prefix)
-        own = zip(*(states.chunk(len(prefixes)) for states in self.attention.key_value(normed)))
+        own = zip(*(in_groups(states, len(prefixes)) for states in self.attention.key_value(normed)))
         return [tuple(torch.cat(pair, dim=2) for pair in zip(*group)) for group in zip(prefixes, own)]
 
     def _encode_prefix(self, prefix: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
