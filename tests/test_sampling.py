@@ -576,6 +576,19 @@ def test_rows_that_are_sure_leave_the_loop(corruption: str) -> None:
     assert steps[-1].prediction.tokens.tolist() == [[2, 0, 3]]
 
 
+def test_what_follows_a_settled_end_is_settled_padding() -> None:
+    """The end, 2, stands at place 1. Once it is settled, so is all behind it; padding, 0, settles nothing behind it."""
+    sampler, tokens = ConfidenceSampler(100, (2, 0), confidence_threshold=0.9), torch.tensor([[4, 2, 0, 3, 0]])
+    start = sampler.start(nothing_known(1, 5), None)
+    unsure = Prediction(tokens, torch.tensor([[0.95, 0.5, 0.99, 0.4, 0.98]]).log())
+    state = sampler.step(start, unsure, at(50), None)
+    assert state.is_final.tolist() == [[True, False, True, False, True]]  # half of the words, and of the padding
+    state = sampler.step(
+        state, unsure._replace(log_probs=torch.tensor([[0.9, 0.95, 0.9, 0.4, 0.9]]).log()), at(50), None
+    )
+    assert state.is_final.all() and state.tokens.tolist() == [[4, 2, 0, 0, 0]]
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), length=st.integers(1, 12), threshold=st.floats(0.01, 1.0))
 def test_adaptive_rows_end_within_as_many_steps_as_they_have_places(

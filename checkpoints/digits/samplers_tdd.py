@@ -111,7 +111,7 @@ class ConfidenceSampler:
         num_timesteps (`int`): T.
         end_token_ids (`Sequence[int]`): Tokens behind which a sequence is padding, see [`most_confident`].
         confidence_threshold (`float`, *optional*):
-            In place of the timestep the tokens' own probabilities say how many are settled, see [`share_of_sure`].
+            In place of the timestep the tokens' own probabilities say how many are settled, see [`settle_sure`].
     """
 
     def __init__(
@@ -133,20 +133,17 @@ class ConfidenceSampler:
         self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
     ) -> NoisyTokens:
         """The state in which the share 1 - t / T of the free places is settled, or that of the sure ones."""
+        if self.confidence_threshold is not None:
+            tokens, is_final = settle_sure(prediction, self.confidence_threshold, state, self.end_token_ids)
+            return self._settle(tokens, noise, is_final, state.is_given, is_final)
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
-        if self.confidence_threshold is None:
-            share = 1 - next_timestep.double() / self.num_timesteps
-            is_settled, is_final = most_confident(prediction.log_probs, share, state, beyond_end), state.is_given
-        else:
-            share = share_of_sure(prediction.log_probs, self.confidence_threshold, state, beyond_end)
-            is_settled = is_final = state.is_final | most_confident(prediction.log_probs, share, state, beyond_end)
-        return self._settle(prediction.tokens, noise, is_settled, state.is_given, is_final)
+        share = 1 - next_timestep.double() / self.num_timesteps
+        is_settled = most_confident(prediction.log_probs, share, state, beyond_end)
+        return self._settle(prediction.tokens, noise, is_settled, state.is_given, state.is_given)
 
-    def _settle(
-        self, tokens: Tensor, noise: Tensor | None, is_settled: Tensor, is_given: Tensor, is_final: Tensor
-    ) -> NoisyTokens:
+    def _settle(self, tokens: Tensor, noise: Tensor | None, is_settled: Tensor, *masks: Tensor) -> NoisyTokens:
         timesteps = torch.where(is_settled, self.settled_timestep, self.num_timesteps)
-        return NoisyTokens(tokens, timesteps, noise, is_given, is_final)
+        return NoisyTokens(tokens, timesteps, noise, *masks)
 
 
 class UnmaskingSampler:
@@ -184,13 +181,14 @@ class UnmaskingSampler:
         self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None = None
     ) -> NoisyTokens:
         """The state in which as many places are visible as belong to `next_timestep`, or as are sure."""
+        timesteps = next_timestep.expand_as(prediction.tokens)
+        if self.confidence_threshold is not None:
+            tokens, is_final = settle_sure(prediction, self.confidence_threshold, state, self.end_token_ids)
+            return self._unmask(tokens, timesteps, state.is_given, is_final)
         beyond_end = follows_end(prediction.tokens, self.end_token_ids)
-        if self.confidence_threshold is None:
-            share = self.visible_share.index_select(0, next_timestep[None]).double()
-        else:
-            share = share_of_sure(prediction.log_probs, self.confidence_threshold, state, beyond_end)
+        share = self.visible_share.index_select(0, next_timestep[None]).double()
         is_visible = state.is_final | most_confident(prediction.log_probs, share, state, beyond_end)
-        return self._unmask(prediction.tokens, next_timestep.expand_as(prediction.tokens), state.is_given, is_visible)
+        return self._unmask(prediction.tokens, timesteps, state.is_given, is_visible)
 
     def _unmask(self, tokens: Tensor, timesteps: Tensor, is_given: Tensor, is_visible: Tensor) -> NoisyTokens:
         return NoisyTokens(tokens.masked_fill(~is_visible, self.mask_token), timesteps, None, is_given, is_visible)
@@ -225,6 +223,34 @@ def most_confident(log_probs: Tensor, share: Tensor, state: NoisyTokens, beyond_
     return settled
 
 
+def settle_sure(
+    prediction: Prediction, threshold: float, state: NoisyTokens, end_token_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    r"""
+    Adaptive steps: settles for good the sure words, padding in the same share, and all that follows a settled end.
+
+    Args:
+        prediction ([`Prediction`]): The prediction.
+        threshold (`float`): The probability of a sure word.
+        state ([`NoisyTokens`]): The state that was predicted from.
+        end_token_ids (`Sequence[int]`):
+            Tokens behind which a sequence is padding: its end, and padding itself. Or none.
+
+    Returns:
+        `tuple`: the tokens, with padding behind a settled end, and the settled places, both of shape `(rows, N)`.
+            (Settled padding does not count as an end: words may still be put behind it.)
+    """
+    tokens = prediction.tokens
+    beyond_end = follows_end(tokens, end_token_ids)
+    share = share_of_sure(prediction.log_probs, threshold, state, beyond_end)
+    is_final = state.is_final | most_confident(prediction.log_probs, share, state, beyond_end)
+    if end_token_ids:
+        is_behind = follows_end(tokens, end_token_ids[:1], among=is_final)
+        tokens = tokens.masked_fill(is_behind & ~state.is_given, end_token_ids[-1])
+        is_final = is_final | is_behind
+    return tokens, is_final
+
+
 def share_of_sure(log_probs: Tensor, threshold: float, state: NoisyTokens, beyond_end: Tensor) -> Tensor:
     r"""
     The share of a sequence's free words that are final or sure: at least as probable as `threshold`, and the likeliest
@@ -245,11 +271,14 @@ def share_of_sure(log_probs: Tensor, threshold: float, state: NoisyTokens, beyon
     return 1 - is_unsure.sum(1, keepdim=True).double() / is_word.sum(1, keepdim=True).clamp(min=1)
 
 
-def follows_end(tokens: Tensor, end_token_ids: Sequence[int]) -> Tensor:
-    """Whether one of the end tokens stands before a place, bool of the shape (rows, N) of `tokens`."""
+def follows_end(tokens: Tensor, end_token_ids: Sequence[int], among: Tensor | None = None) -> Tensor:
+    """Whether one of the end tokens stands before a place, bool of the shape (rows, N) of `tokens`. `among`, of the
+    same shape, says which tokens count."""
     is_end = torch.zeros_like(tokens, dtype=torch.bool)
     for token in end_token_ids:
         is_end = is_end | (tokens == token)
+    if among is not None:
+        is_end = is_end & among
     return is_end.cumsum(1) - is_end.long() > 0
 
 
@@ -264,5 +293,6 @@ __all__ = [
     "follows_end",
     "inference_timesteps",
     "most_confident",
+    "settle_sure",
     "share_of_sure",
 ]
