@@ -1,91 +1,81 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Compares TDD with its alternatives in one run on one thread: medians of processor time, and peaks of memory.
+"""Compares TDD with its alternatives, side by side in one run, on whatever device is there.
 
-    python scripts/benchmark.py step
+    python scripts/benchmark.py classify   # a ViT-B/16 classifier, and TDD's loop around the same encoder
+    python scripts/benchmark.py caption    # an autoregressive decoder of the same size; K = 30,522, N = 32
+    python scripts/benchmark.py train      # a training step of a ViT-B/16 classifier, and of TDD
+    python scripts/benchmark.py step       # a captioner's training step by MDD and by TDD, and the path of the noise
 
-`step` compares a captioner's training step by MDD and by TDD, and TDD's noise with the noise of one-hot vectors.
+Times are medians. `--output FOLDER` also writes them as JSON and Markdown. On a CPU one thread is used: with several,
+short products wait for whichever core another process holds.
 """
 
 import argparse
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
-from itertools import accumulate
+import platform
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from modeling_tdd import TDDConfig, TDDForCaptioning
-
-
-# K of BERT's vocabulary, d, N, and the images of a step with the image tokens of a ViT-B/32
-CATEGORIES, WIDTH, LENGTH, IMAGES, IMAGE_TOKENS = 30_522, 768, 32, 64, 49
-REPEATS = 3
-
-
-def step_jobs() -> dict[str, dict[str, Callable[[], None]]]:
-    """A captioner's training step (forward, backward, AdamW) by MDD and by TDD, on one network and from ready image
-    features. One timestep per image is the hardest for TDD, as the noise's factor costs the same for any number. And
-    the path of the noise, y_t W, forward and backward: with the noise of one-hot vectors, of width K (dense), and with
-    noise of width d."""
-    features, labels = torch.randn(IMAGES, IMAGE_TOKENS, 768), torch.randint(3, CATEGORIES, (IMAGES, LENGTH))
-    fields = {"freeze_encoder": True, "pooling": None, "pad_token_id": 0, "eos_token_id": 2, "timesteps_per_image": 1}
-    fields.update(vocab_size=CATEGORIES, hidden_size=WIDTH, max_position_embeddings=LENGTH)
-    models = {name: TDDForCaptioning(TDDConfig(**fields, corruption=name)).train() for name in ("mask", "gaussian")}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
-    denoiser = models["gaussian"].model.denoiser
-    embedding, schedule = denoiser.token_embedding, denoiser.schedule_on(labels.device)
-    timesteps = torch.randint(1, schedule.num_timesteps + 1, labels.shape)
-
-    def step(corruption: str) -> None:
-        models[corruption](image_features=features, labels=labels).loss.backward()
-        optimizers[corruption].step()
-        optimizers[corruption].zero_grad()
-
-    def noise_path(width: int) -> None:
-        factor = embedding() if width == WIDTH else None
-        embedding(labels, timesteps, torch.randn(*labels.shape, width), schedule, factor).sum().backward()
-        embedding.zero_grad()
-
-    return {
-        "a training step": {"MDD": partial(step, "mask"), "TDD": partial(step, "gaussian")},
-        "the path of the noise": {"dense": partial(noise_path, CATEGORIES), "TDD": partial(noise_path, WIDTH)},
-    }
+from modeling_tdd.evaluation.benchmarks import (
+    BENCHMARKS,
+    count_work_of_a_step,
+    format_benchmark,
+    make_classifier,
+    medians,
+    peak_memory,
+    run_benchmark,
+    step_jobs,
+)
+from modeling_tdd.training.results import write_json
 
 
-def peak_memory(run: Callable[[], None]) -> float:
-    """MiB of PyTorch's tensors at the peak of a call, beyond those from before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    return max(accumulate(event["args"]["Bytes"] for event in events)) / 2**20
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "step"])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 and 8, on a GPU 1, 32 and 256")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--compile", action="store_true", help="also time compiled steps, which takes minutes to make")
+    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="folder for BENCHMARK.json and BENCHMARK.md")
+    return parser.parse_args()
+
+
+def compare_steps(repeats: int) -> None:
+    """The benchmark `step`, which also measures memory, on a CPU."""
+    for job, runs in step_jobs().items():
+        milliseconds = medians(runs, repeats, torch.device("cpu"))
+        baseline, candidate = milliseconds.values()
+        mebibytes = {name: peak_memory(run) for name, run in runs.items()}
+        result = {"job": job, "milliseconds": milliseconds, "ratio": candidate / baseline, "mebibytes": mebibytes}
+        print(json.dumps(result, indent=2), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["step"])
-    parser.parse_args()
-    torch.set_num_threads(1)  # with several, short products wait for whichever core another process holds
-    torch.manual_seed(0)
-    for job, runs in step_jobs().items():
-        times = {name: [] for name in runs}
-        for name in [*runs] * (REPEATS + 1):  # in turns, so that a busy machine slows all of them alike
-            start = time.process_time()
-            runs[name]()
-            times[name].append(time.process_time() - start)
-        seconds = {name: statistics.median(own_times[1:]) for name, own_times in times.items()}  # the first warms up
-        baseline, candidate = seconds.values()
-        mebibytes = {name: peak_memory(run) for name, run in runs.items()}
-        result = {"job": job, "seconds": seconds, "ratio": candidate / baseline, "mebibytes": mebibytes}
-        print(json.dumps(result, indent=2), flush=True)
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    if args.benchmark == "step":
+        return compare_steps(args.repeats)
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, one thread"
+    rows = []
+    for batch_size in args.batch_sizes or ([1, 32, 256] if on_gpu else [1, 8]):
+        rows += run_benchmark(args.benchmark, batch_size, device, dtype, args.compile, args.repeats)
+        print(format_benchmark(rows), flush=True)
+    result = {"hardware": hardware, "torch": torch.__version__, "dtype": str(dtype), "rows": rows}
+    if args.benchmark == "classify":
+        model = make_classifier().to(device, dtype).eval()
+        pixels = torch.randn(1, 3, 224, 224, device=device, dtype=dtype)
+        with torch.no_grad():
+            run = lambda steps: model(pixels, num_inference_steps=steps, guidance_scale=2.0)  # noqa: E731
+            result["work_of_a_guided_step"] = count_work_of_a_step(run)
+        print(json.dumps(result["work_of_a_guided_step"]))
+    if args.output is not None:
+        write_json(args.output / f"{args.benchmark}.json", result)
+        (args.output / f"{args.benchmark}.md").write_text(f"{hardware}, {dtype}\n\n{format_benchmark(rows)}\n")
 
 
 if __name__ == "__main__":
