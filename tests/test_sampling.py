@@ -577,7 +577,7 @@ def test_rows_that_are_sure_leave_the_loop(corruption: str) -> None:
 
 
 def test_what_follows_a_settled_end_is_settled_padding() -> None:
-    """The end, 2, stands at place 1. Once it is settled, so is all behind it; padding, 0, settles nothing behind it."""
+    """The end, 2, stands at place 1. Once it is settled, so is all behind it; behind padding, 0, nothing is."""
     sampler, tokens = ConfidenceSampler(100, (2, 0), confidence_threshold=0.9), torch.tensor([[4, 2, 0, 3, 0]])
     start = sampler.start(nothing_known(1, 5), None)
     unsure = Prediction(tokens, torch.tensor([[0.95, 0.5, 0.99, 0.4, 0.98]]).log())

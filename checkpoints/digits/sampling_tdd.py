@@ -21,6 +21,11 @@ def select_rows(values: tuple, keep: Tensor) -> tuple:
     return tree_map(lambda tensor: None if tensor is None else tensor[keep], values)
 
 
+def clone_all(values: tuple) -> tuple:
+    """Copies of each tensor in a tuple or in tuples within it; `None` stays."""
+    return tree_map(lambda tensor: None if tensor is None else tensor.clone(), values)
+
+
 # ---- What a loop draws and passes on
 
 
@@ -261,8 +266,7 @@ def compile_denoising_step(**kwargs: Any) -> DenoisingFunction:
         torch.compiler.cudagraph_mark_step_begin()
         logits, prediction, state = compiled(network, sampler, state, inputs)
         # The next run of a CUDA graph overwrites what this one returned
-        prediction, state = tree_map(lambda value: None if value is None else value.clone(), (prediction, state))
-        return logits, prediction, state
+        return logits, *clone_all((prediction, state))
 
     return step
 
@@ -325,7 +329,8 @@ def denoise(
     normal, uniform = numbers.draw(num_steps, sampling_strategy == "multinomial")
     timesteps_of_tokens = torch.tensor(sampler.timesteps_of_tokens(num_steps), device=device)
     noise = network.prepare(len(rows), timesteps_of_tokens, normal, is_guided)
-    state = sampler.start(known, numbers.of_rows(noise, 0))
+    # Copies, since tensors that are the same in the first step alone would make a compiled step compile again
+    state = clone_all(sampler.start(known, numbers.of_rows(noise, 0)))
     previous, unchanged, is_open = None, torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
     may_end = stability_threshold is not None or sampler.confidence_threshold is not None
     keep_rows = keep_rows or step is not denoising_step
