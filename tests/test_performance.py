@@ -8,10 +8,22 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification
 from modeling_tdd.evaluation.benchmarks import count_work, count_work_of_a_step, format_benchmark, medians
-from modeling_tdd.samplers_tdd import SETTLED_TIMESTEP, follows_end, inference_timesteps
+from modeling_tdd.modeling_tdd import ConditionedDenoiser
+from modeling_tdd.samplers_tdd import (
+    SETTLED_TIMESTEP,
+    ConfidenceSampler,
+    KnownTokens,
+    RenoiseSampler,
+    UnmaskingSampler,
+    follows_end,
+    inference_timesteps,
+)
+from modeling_tdd.sampling_tdd import DenoisingStep, RandomNumbers, denoise
 
 
 MakeModel = Callable[..., nn.Module]
@@ -185,10 +197,47 @@ def test_a_whole_classification_reads_one_number(make_model: MakeModel, pixel_va
     assert count_work(partial(run_classifier, model, pixel_values, 10, guidance_scale=2.0))["host_reads"] == 1
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["classifier", "wide classifier", "captioner", "mask captioner"])
+def test_nothing_waits_for_a_gpu(make_model: MakeModel, make_captioner: MakeModel, name: str, training: bool) -> None:
+    """On tensors that have a GPU's name and no values, whatever asks for a value fails: a number, a mask's places."""
+    if "captioner" in name:
+        model = make_captioner(corruption="mask" if "mask" in name else "gaussian")
+        labels = torch.full((4, 8), 5)
+    else:
+        model, labels = make_model(num_labels=50 if "wide" in name else 5), torch.ones(4, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        to_gpu = partial(tree_map, lambda value: mode.from_tensor(value).to("cuda"))
+        model = model.to("cuda").train(training)
+        pixel_values, labels = to_gpu((torch.randn(4, 3, 16, 16), labels))
+        if training:
+            assert model(pixel_values, labels).loss.device.type == "cuda"
+            return
+        prefix = model.model.get_prefix(pixel_values)
+        with torch.no_grad():
+            steps = list(loop_on(model, prefix))
+        assert len(steps) == 3 and steps[-1].prediction.tokens.device.type == "cuda"
+
+
+def loop_on(model: nn.Module, prefix: Tensor) -> Iterator[DenoisingStep]:
+    """A guided loop with the model's sampler."""
+    config, device = model.config, prefix.device
+    is_mask, places = config.corruption == "mask", config.max_position_embeddings
+    sampler = RenoiseSampler(config.num_timesteps)
+    if places > 1:
+        sampler = ConfidenceSampler(config.num_timesteps, (EOS, PAD))
+    if is_mask:
+        sampler = UnmaskingSampler(torch.linspace(1, 0, 21, device=device), config.num_categories, (EOS, PAD))
+    width = None if is_mask else config.noise_width
+    numbers = RandomNumbers([torch.Generator()], len(prefix), 1, places, width, device)
+    network = ConditionedDenoiser(model.model.denoiser, model.get_output_embeddings(), prefix)
+    return denoise(network, sampler, numbers, KnownTokens.none(len(prefix), places, device), [2.0] * 3)
+
+
 def test_counting_sees_a_host_read() -> None:
     values = torch.ones(3)
     assert count_work(lambda: values.sum().item())["host_reads"] == 1
-    assert count_work(lambda: values + 1) == {"kernels": 1, "host_reads": 0, "copies": 0}
+    assert count_work(lambda: values + values) == {"kernels": 1, "host_reads": 0, "copies": 0}
 
 
 # ---- What is kept between calls
@@ -199,8 +248,8 @@ def test_the_noise_factor_is_kept_as_long_as_the_weights_are_the_same(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = torch.linalg.cholesky
-    monkeypatch.setattr(torch.linalg, "cholesky", lambda *args: calls.append(1) or original(*args))
+    original = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args: calls.append(1) or original(*args))
     embedding = make_model(num_labels=50).model.denoiser.token_embedding
     noise = torch.randn(3, embedding.embedding_dim)
     first = embedding(noise=noise)

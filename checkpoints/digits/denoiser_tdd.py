@@ -53,8 +53,8 @@ def eager_attention_forward(
 
 
 def in_groups(states: Tensor, number: int) -> tuple[Tensor, ...]:
-    """Successive groups of rows. (`Tensor.chunk` fixes the number of rows in an exported graph.)"""
-    return states.unflatten(0, (number, -1)).unbind()
+    """Successive groups of rows."""
+    return states.chunk(number) if number > 1 else (states,)
 
 
 class TDDAttention(nn.Module):
@@ -394,7 +394,10 @@ class TDDDenoiser(PreTrainedModel):
         prefix_mask = prefix_attention_mask = attention_mask = None
         if cache is None:
             prefix, prefix_mask = self._drop_condition(prefix, drop_condition)
-            prefix_attention_mask = create_bidirectional_mask(self.config, prefix, prefix_mask)
+            if prefix_mask is not None:
+                prefix_attention_mask = create_bidirectional_mask(
+                    self.config, prefix, prefix_mask, allow_is_bidirectional_skip=False
+                )
             cache = DenoiserCache(((None, None),) * len(self.layers))
         # 2. The noisy tokens, with their places and times
         noise_embeds = self.token_embedding(noise=noise) if noise is not None else noise_embeds
@@ -409,7 +412,10 @@ class TDDDenoiser(PreTrainedModel):
             prefix_mask = prefix_mask.repeat_interleave(tokens.shape[0] // prefix.shape[0], dim=0)
             key_mask = torch.cat([prefix_mask, prefix_mask.new_ones(hidden_states.shape[:2])], dim=1)
             keys = hidden_states.new_empty(*key_mask.shape, 0)  # only its shape is read
-            attention_mask = create_bidirectional_mask(self.config, hidden_states, key_mask, keys)
+            # Whether anything is masked is not asked: the host would wait for the answer
+            attention_mask = create_bidirectional_mask(
+                self.config, hidden_states, key_mask, keys, allow_is_bidirectional_skip=False
+            )
         key_values = []
         for index, (layer, (key, value)) in enumerate(zip(self.layers, cache.key_values)):
             null_prefix = None if null_key_values is None else null_key_values[index]
@@ -438,9 +444,9 @@ class TDDDenoiser(PreTrainedModel):
 
     def _encode_prefix(self, prefix: Tensor) -> tuple[KeyValue, ...]:
         """The keys and values of a prefix in each layer."""
-        attention_mask, key_values = create_bidirectional_mask(self.config, prefix, None), []
+        key_values = []
         for layer in self.layers:
-            _, prefix, key, value = layer(None, prefix, prefix_attention_mask=attention_mask)
+            _, prefix, key, value = layer(None, prefix)
             key_values.append((key, value))
         return tuple(key_values)
 

@@ -240,7 +240,8 @@ def noise_factor(weight: Tensor) -> Tensor:
         # What rounding can take from the smallest eigenvalue; it widens the noise by less than one part in 10^4.
         finfo = torch.finfo(gram.dtype)
         jitter = finfo.eps * gram.diagonal().sum() + finfo.tiny
-        return torch.linalg.cholesky(gram + jitter * torch.eye(width, dtype=gram.dtype, device=gram.device)).T
+        # `cholesky` would make the host wait for the question whether it could. With NaN in the weights it has NaN
+        return torch.linalg.cholesky_ex(gram + jitter * torch.eye(width, dtype=gram.dtype, device=gram.device)).L.T
 
 
 def one_hot(tokens: Tensor, num_categories: int) -> Tensor:

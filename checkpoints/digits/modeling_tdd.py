@@ -355,8 +355,8 @@ class TDDModel(TDDPreTrainedModel):
             `(batch_size, prefix_length, encoder_hidden_size)`; `prefix_length` is 1 where `config.pooling` pools.
 
         Raises:
-            `ValueError`: for a wrong number of dimensions or channels and, in training mode, for pixels that are not
-                finite. An encoder with a fixed image size raises for another size.
+            `ValueError`: for a wrong number of dimensions or channels and, in training mode, for pixels on the CPU
+                that are not finite. An encoder with a fixed image size raises for another size.
         """
         self._check_pixels(pixel_values)
         pixel_values = pixel_values.to(self.encoder.dtype)
@@ -380,7 +380,8 @@ class TDDModel(TDDPreTrainedModel):
                 f"`pixel_values` must have shape (batch_size, {channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
             )
-        if self.training and not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
+        on_host = pixel_values.device.type == "cpu"  # a GPU would make the host wait in each step
+        if self.training and on_host and not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
             bad = (~pixel_values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             raise ValueError(f"`pixel_values` must be finite, got NaN or infinity in the images {bad} of the batch.")
 
