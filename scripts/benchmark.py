@@ -5,6 +5,7 @@
     python scripts/benchmark.py caption    # an autoregressive decoder of the same size; K = 30,522, N = 32
     python scripts/benchmark.py train      # a training step of a ViT-B/16 classifier, and of TDD
     python scripts/benchmark.py step       # a captioner's training step by MDD and by TDD, and the path of the noise
+    python scripts/benchmark.py growth     # captions by N, K, images and steps as a plot, and what the hardware allows
 
 Times are medians. `--output FOLDER` also writes them as JSON and Markdown. On a CPU one thread is used: with several,
 short products wait for whichever core another process holds.
@@ -27,12 +28,13 @@ from modeling_tdd.evaluation.benchmarks import (
     run_benchmark,
     step_jobs,
 )
+from modeling_tdd.evaluation.growth import ACCELERATORS, bounds_of_a_step, measure_growth, measure_peaks, plot_growth
 from modeling_tdd.training.results import write_json
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "step"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "step", "growth"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 and 8, on a GPU 1, 32 and 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, on a GPU bfloat16")
@@ -52,6 +54,22 @@ def compare_steps(repeats: int) -> None:
         print(json.dumps(result, indent=2), flush=True)
 
 
+def show_growth(device: torch.device, hardware: str, output: Path | None) -> None:
+    """The benchmark `growth`."""
+    peaks = measure_peaks(device)
+    result = {"hardware": hardware, "peak_operations": peaks[0], "peak_bytes": peaks[1], "bounds_of_a_step": {}}
+    for name, own in {hardware: peaks, **ACCELERATORS}.items():
+        size = 4 if own is peaks else 2
+        result["bounds_of_a_step"][name] = {rows: bounds_of_a_step(rows, own, size) for rows in (1, 2, 16, 64, 512)}
+    result["growth"] = measure_growth(device)
+    print(json.dumps(result, indent=2))
+    if output is not None:
+        write_json(output / "growth.json", result)
+        figure = plot_growth(result["growth"], hardware)
+        for suffix in ("png", "svg"):
+            figure.savefig(output / f"growth.{suffix}", dpi=150)
+
+
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
@@ -61,6 +79,8 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, one thread"
+    if args.benchmark == "growth":
+        return show_growth(device, hardware, args.output)
     rows = []
     for batch_size in args.batch_sizes or ([1, 32, 256] if on_gpu else [1, 8]):
         rows += run_benchmark(args.benchmark, batch_size, device, dtype, args.compile, args.repeats)

@@ -435,9 +435,16 @@ class TDDDenoiser(PreTrainedModel):
         prefix = self.null_prefix if prefix is None else prefix
         time_embeds = self.time_embedding(timesteps, prefix.dtype)
         all_time_embeds = time_embeds.new_zeros(self.config.num_timesteps + 1, time_embeds.shape[-1])
+        if add_null_condition and prefix.shape[1] == 1:  # as long as the null prefix: one reading of the weights
+            both = self._encode_prefix(torch.cat([prefix, self.null_prefix]))
+            key_values = tree_map(lambda states: states[:-1], both)
+            null_key_values = tree_map(lambda states: states[-1:], both)
+        else:
+            key_values = self._encode_prefix(prefix)
+            null_key_values = self._encode_prefix(self.null_prefix) if add_null_condition else None
         return DenoiserCache(
-            key_values=self._encode_prefix(prefix),
-            null_key_values=self._encode_prefix(self.null_prefix) if add_null_condition else None,
+            key_values=key_values,
+            null_key_values=null_key_values,
             time_embeds=all_time_embeds.index_copy(0, timesteps, time_embeds),
             noise_embeds=None if noise is None else self.token_embedding(noise=noise),
         )
