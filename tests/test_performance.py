@@ -234,6 +234,22 @@ def loop_on(model: nn.Module, prefix: Tensor) -> Iterator[DenoisingStep]:
     return denoise(network, sampler, numbers, KnownTokens.none(len(prefix), places, device), [2.0] * 3)
 
 
+def test_timesteps_of_an_image_add_no_operations_to_a_training_step(
+    make_model: MakeModel, pixel_values: Tensor
+) -> None:
+    def count(repeats: int) -> int:
+        model = make_model(timesteps_per_image=repeats).train()
+
+        def step() -> None:
+            model.zero_grad()
+            model(pixel_values, torch.zeros(4, dtype=torch.long)).loss.backward()
+
+        return count_work(step)["kernels"]
+
+    one = count(1)
+    assert one > 500 and all(count(repeats) <= one + 10 for repeats in (4, 8))
+
+
 def test_counting_sees_a_host_read() -> None:
     values = torch.ones(3)
     assert count_work(lambda: values.sum().item())["host_reads"] == 1
