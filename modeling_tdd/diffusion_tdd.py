@@ -151,7 +151,7 @@ class NoiseSchedule:
     What a timestep means, for t = 0 ... T: float32 tensors of shape `(T + 1,)`, all on one device.
 
     Attributes:
-        alpha_bar: The share of the signal's variance. With masks, the chance that a token is visible.
+        alpha_bar: The share of the signal's variance. With masks or random tokens, the chance that a token is visible.
         signal: `lambda sqrt(alpha_bar)`, the factor of the one-hot vector in y_t.
         sigma: `sqrt(1 - alpha_bar)`, the factor of the noise in y_t.
         visibility: The token's share of the variance of `y_t W`, from 1 at t = 0 to 0 at t = T: how much of a noisy
@@ -197,7 +197,7 @@ def _make_schedule(
 ) -> NoiseSchedule:
     # Made once for all callers, whatever the first one's default device or inference mode
     with torch.device("cpu"), torch.inference_mode(False):
-        if corruption == "mask":
+        if corruption != "gaussian":
             alpha_bar = mask_schedule(noise_schedule, num_timesteps)
             complement = 1 - alpha_bar
         else:
@@ -244,6 +244,21 @@ def noise_factor(weight: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(gram + jitter * torch.eye(width, dtype=gram.dtype, device=gram.device)).L.T
 
 
+def replace_by_random_tokens(tokens: Tensor, uniform: Tensor, alpha_bar: Tensor, num_categories: int) -> Tensor:
+    r"""
+    The forward process of D3PM with a uniform transition matrix: with chance `1 - alpha_bar` a token gives way to one
+    of all K, each equally likely.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(rows, N)`): Clean tokens.
+        uniform (`torch.Tensor` of shape `(rows, N, 2)`): Numbers in [0, 1).
+        alpha_bar (`torch.Tensor` of shape `(rows, N)`): Of each token's timestep.
+        num_categories (`int`): K.
+    """
+    random_tokens = (uniform[..., 1] * num_categories).long().clamp(max=num_categories - 1)
+    return torch.where(uniform[..., 0] < alpha_bar, tokens, random_tokens)
+
+
 def one_hot(tokens: Tensor, num_categories: int) -> Tensor:
     """y_0, float of shape (..., K), from int64 tokens (...), or from probabilities (..., K) as they are."""
     if tokens.is_floating_point():
@@ -278,4 +293,5 @@ __all__ = [
     "noise_factor",
     "one_hot",
     "projected_signal",
+    "replace_by_random_tokens",
 ]

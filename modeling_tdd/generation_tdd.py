@@ -30,6 +30,7 @@ from .samplers_tdd import (
     KnownTokens,
     RenoiseSampler,
     Sampler,
+    UniformSampler,
     UnmaskingSampler,
     follows_end,
 )
@@ -285,6 +286,9 @@ class TDDGenerationMixin:
         if self.config.corruption == "mask":
             visible_share = NoiseSchedule.from_config(self.config).to(device).alpha_bar
             return UnmaskingSampler(visible_share, self.config.num_categories, end, threshold)
+        if self.config.corruption == "uniform":
+            alpha_bar = NoiseSchedule.from_config(self.config).to(device).alpha_bar
+            return UniformSampler(alpha_bar, self.config.num_categories, threshold)
         if config.sampler == "confidence":
             return ConfidenceSampler(self.config.num_timesteps, end, threshold)
         return RenoiseSampler(self.config.num_timesteps, threshold)
@@ -311,9 +315,12 @@ class TDDGenerationMixin:
         for banned in config.bad_words_ids or []:
             for token_id in banned:
                 check("bad_words_ids", token_id, token)
-        if self.config.corruption == "mask":
+        if self.config.corruption != "gaussian":
             if config.sampler is not None:
-                raise ValueError(f"`sampler={config.sampler!r}` needs Gaussian noise, and this model has masks (MDD).")
+                raise ValueError(
+                    f"`sampler={config.sampler!r}` needs Gaussian noise, and this model has "
+                    f"`corruption={self.config.corruption!r}`."
+                )
         elif config.sampler is None:
             config.sampler = "confidence" if self.config.timestep_sampling == "per_token" else "renoise"
         return config

@@ -45,7 +45,7 @@ class DenoiserStep(nn.Module):
         super().__init__()
         self.denoiser, self.head = model.model.denoiser, model.get_output_embeddings()
         # What projects the noise is a constant, since the weights no longer change
-        noise = None if model.config.corruption == "mask" else torch.eye(model.config.noise_width)
+        noise = None if model.config.corruption != "gaussian" else torch.eye(model.config.noise_width)
         self.noise_factor = None if noise is None else self.denoiser.token_embedding(noise=noise)
 
     def forward(self, inputs: list[Tensor], key_values: list[Tensor]) -> Tensor:
@@ -72,7 +72,7 @@ def sample_inputs(model: TDDPreTrainedModel, image_shape: tuple[int, ...], rows:
     shape = (rows, config.max_position_embeddings)
     tokens = torch.randint(config.num_categories, shape, generator=generator)
     timesteps = torch.randint(1, config.num_timesteps + 1, shape, generator=generator)
-    noise = [] if config.corruption == "mask" else [torch.randn(*shape, config.noise_width, generator=generator)]
+    noise = [] if config.corruption != "gaussian" else [torch.randn(*shape, config.noise_width, generator=generator)]
     return pixel_values, [tokens, timesteps, *noise]
 
 

@@ -31,7 +31,7 @@ from modeling_tdd.training.trainer import TDDTrainer
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file, such as scripts/recipes/digits.yaml")
-    parser.add_argument("--methods", nargs="+", help="tdd, mdd, ar, nearest; default: the recipe's")
+    parser.add_argument("--methods", nargs="+", help="tdd, mdd, uniform, ar, nearest; default: the recipe's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
     parser.add_argument("--restart", action="store_true", help="start unfinished runs anew, without their checkpoints")

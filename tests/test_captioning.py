@@ -23,7 +23,7 @@ from modeling_tdd import TDDConfig, TDDForCaptioning
 
 MakeCaptioner = Callable[..., TDDForCaptioning]
 PAD, EOS = 0, 2
-CORRUPTIONS = ("gaussian", "mask")
+CORRUPTIONS = ("gaussian", "mask", "uniform")
 NUM_PLACES = 8
 
 
@@ -36,7 +36,7 @@ def captions() -> Tensor:
 
 def draw_fixed(model: TDDForCaptioning, rows: int = 4, repeats: int = 3) -> dict[str, Tensor]:
     """Timesteps and noise, so that two losses differ by what a test changes alone."""
-    draw = torch.rand if model.config.corruption == "mask" else torch.randn
+    draw = torch.randn if model.config.corruption == "gaussian" else torch.rand
     shape = (rows, repeats, NUM_PLACES, model.config.noise_width)
     timesteps = torch.arange(1, rows * repeats + 1).view(rows, repeats) % 20 + 1
     return {"timesteps": timesteps, "noise": draw(shape, generator=torch.Generator().manual_seed(2))}
@@ -351,12 +351,19 @@ PAPERS_PROCESS = {
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"freeze_encoder": True}, {"corruption": "mask"}, {"num_timesteps": 20}, PAPERS_PROCESS],
-    ids=["default", "frozen encoder", "masks", "T=20", "the paper's process"],
+    [
+        {},
+        {"freeze_encoder": True},
+        {"corruption": "mask"},
+        {"corruption": "uniform"},
+        {"num_timesteps": 20},
+        PAPERS_PROCESS,
+    ],
+    ids=["default", "frozen encoder", "masks", "random tokens", "T=20", "the paper's process"],
 )
 def test_eight_captions_are_learnt_by_heart(fields: dict[str, Any]) -> None:
     model = TDDForCaptioning(TDDConfig(**SMALL_CAPTIONER, **fields))
-    steps = 250 if model.config.corruption == "mask" else 120  # masked places alone are learned from
+    steps = 120 if model.config.corruption == "gaussian" else 250  # of masks, masked places alone are learned from
     right, model, images, captions = learn_eight_captions(model, steps)
     assert right == 8  # and so is token F1 1
     with torch.no_grad():

@@ -285,7 +285,7 @@ BAD_FIELDS = [
     ("num_timesteps", "ten", "int"),
     ("noise_schedule", "quadratic", "'linear', 'cosine', 'calibrated', 'projected'"),
     ("input_weighting", "sigma", "'none', 'visibility'"),
-    ("corruption", "uniform", "'gaussian', 'mask'"),
+    ("corruption", "poisson", "'gaussian', 'mask'"),
     ("prediction_type", "velocity", "'sample', 'epsilon'"),
     ("loss_weighting", "snr", "'alpha_bar', 'none'"),
     ("one_hot_scale", 0.0, "in [0.001, 1]"),

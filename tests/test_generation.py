@@ -23,7 +23,7 @@ from modeling_tdd.sampling_tdd import (
 
 MakeCaptioner = Callable[..., TDDForCaptioning]
 PAD, EOS = 0, 2
-CORRUPTIONS = ("gaussian", "mask")
+CORRUPTIONS = ("gaussian", "mask", "uniform")
 
 
 class Script:

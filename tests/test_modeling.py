@@ -214,7 +214,9 @@ def test_every_encoder_trains_a_step_and_classifies(make_model: MakeModel, name:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"corruption": "mask"}, {"prediction_type": "epsilon", "loss_weighting": "none"}], ids=str
+    "fields",
+    [{}, {"corruption": "mask"}, {"corruption": "uniform"}, {"prediction_type": "epsilon", "loss_weighting": "none"}],
+    ids=str,
 )
 def test_a_small_set_is_learnt_by_heart(
     make_model: MakeModel, pixel_values: Tensor, labels: Tensor, fields: dict[str, Any]

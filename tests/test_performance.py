@@ -136,7 +136,7 @@ class CountingBackend:
         {"return_dict_in_generate": True, "output_trajectory": True},
     ],
 )
-@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+@pytest.mark.parametrize("corruption", ["gaussian", "mask", "uniform"])
 def test_compiled_captions(make_captioner: MakeModel, pixel_values: Tensor, corruption: str, settings: dict) -> None:
     """The same captions, from one graph for all steps and all later calls of a batch size."""
     model, backend = make_captioner(corruption=corruption), CountingBackend()

@@ -17,6 +17,7 @@ from modeling_tdd.samplers_tdd import (
     NoisyTokens,
     Prediction,
     RenoiseSampler,
+    UniformSampler,
     UnmaskingSampler,
     follows_end,
     inference_timesteps,
@@ -335,6 +336,24 @@ def test_mask_loop_unmasks_everything(data: st.DataObject, num_timesteps: int, l
         masks_left.append((state.tokens == MASK).sum(1).max().item())
     assert masks_left == sorted(masks_left, reverse=True)
     assert masks_left[-1] == 0
+
+
+# ---- Random tokens
+
+
+def test_random_tokens_give_way_to_the_prediction_as_t_falls() -> None:
+    sampler = UniformSampler(torch.linspace(1, 0, 11), 5)
+    given_tokens = known([[3] + [0] * 999], [[1] + [0] * 999])
+    noise = torch.randn(3, 1, 1000, 2)
+    state = sampler.start(given_tokens, noise[0])
+    assert state.timesteps.unique().item() == 10 and state.noise is None and state.tokens[0, 0] == 3
+    assert (torch.bincount(state.tokens[0], minlength=5) > 140).all()  # of 1,000, 200 each
+    prediction = Prediction(torch.full((1, 1000), 4).index_fill(1, at(0), 3), torch.zeros(1, 1000))
+    state = sampler.step(state, prediction, at(5), noise[1])
+    assert state.timesteps.unique().item() == 5 and state.tokens[0, 0] == 3
+    assert 0.53 < (state.tokens == 4).float().mean() < 0.67  # a half, and a fifth of the others
+    state = sampler.step(state, prediction, at(0), noise[2])
+    assert (state.tokens[0, 1:] == 4).all()
 
 
 # ---- Which places are settled first

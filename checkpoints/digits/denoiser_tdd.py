@@ -483,6 +483,8 @@ class TDDDenoiser(PreTrainedModel):
             is_mask = (tokens == config.num_categories)[..., None]
             embeds = self.token_embedding(tokens.clamp(max=config.num_categories - 1))
             return self.input_norm(torch.where(is_mask, self.mask_embedding, embeds))
+        if config.corruption == "uniform":
+            return self.input_norm(self.token_embedding(tokens))
         schedule = self.schedule_on(tokens.device)
         clean = self.token_embedding(tokens)
         embeds = self.input_norm(add_noise(clean, noise_embeds, schedule, timesteps).to(clean.dtype))

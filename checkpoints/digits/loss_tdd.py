@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .diffusion_tdd import replace_by_random_tokens
+
 
 if TYPE_CHECKING:
     from .denoiser_tdd import TDDDenoiser
@@ -97,9 +99,9 @@ class NoisyTargets(NamedTuple):
 
     Args:
         tokens (`torch.Tensor`): Tokens to add noise to, int64 `(rows, N)` or probabilities `(rows, N, K)`. With masks,
-            K stands in the place of a masked token.
+            K stands in the place of a masked token, and random tokens in that of others.
         timesteps (`torch.LongTensor` of shape `(rows, N)`): Timesteps, 1 ... T.
-        noise (`torch.Tensor` of shape `(rows, N, noise_width)`, *optional*): Standard normal noise; `None` for masks.
+        noise (`torch.Tensor` of shape `(rows, N, noise_width)`, *optional*): Standard normal noise, or `None`.
         loss_weight (`torch.Tensor` of shape `(rows, N)`): The timestep-conditioned coefficient of Section 3.2, or 1.
             With masks, 0 for visible tokens.
     """
@@ -142,7 +144,7 @@ def draw_noisy_targets(
     else:
         timesteps = timesteps.flatten(0, 1).view(batch_size * repeats, -1).expand(-1, num_tokens)
     # 2. Noise
-    draw = torch.rand if config.corruption == "mask" else torch.randn
+    draw = torch.randn if config.corruption == "gaussian" else torch.rand
     if noise is None:
         shape = (drawn_images * repeats, num_tokens, config.noise_width)
         noise = draw(shape, generator=generator, device=device).repeat(batch_size // drawn_images, 1, 1)
@@ -151,6 +153,9 @@ def draw_noisy_targets(
     # 3. The weight of each token
     alpha_bar = denoiser.schedule_on(device).alpha_bar[timesteps]
     loss_weight = alpha_bar if config.loss_weighting == "alpha_bar" else torch.ones_like(alpha_bar)
+    if config.corruption == "uniform":
+        tokens = replace_by_random_tokens(tokens, noise, alpha_bar, config.num_categories)
+        return NoisyTargets(tokens, timesteps, None, loss_weight)
     if config.corruption == "mask":
         is_mask = noise[..., 0] >= alpha_bar
         tokens = tokens.masked_fill(is_mask, config.num_categories)

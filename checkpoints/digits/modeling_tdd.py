@@ -28,6 +28,7 @@ from .samplers_tdd import (
     KnownTokens,
     NoisyTokens,
     RenoiseSampler,
+    UniformSampler,
 )
 from .sampling_tdd import (
     DenoisingFunction,
@@ -468,12 +469,15 @@ class TDDModel(TDDPreTrainedModel):
         config = self.config
         check_given(tokens=tokens, timesteps=timesteps, noise=noise)
         if tokens is not None:
-            highest = config.num_categories - (config.corruption == "gaussian")  # K stands for a mask
+            highest = config.num_categories - (config.corruption != "mask")  # K stands for a mask
             check_shape("tokens", tokens, [(batch_size, n + 1) for n in range(config.max_position_embeddings)])
             check_value_range("tokens", tokens, 0, highest)
         if tokens is None:
-            nothing = config.num_categories if config.corruption == "mask" else 0
-            tokens = torch.full((batch_size, config.max_position_embeddings), nothing, device=device)
+            shape = (config.max_position_embeddings,)
+            tokens = torch.full(shape, config.num_categories if config.corruption == "mask" else 0)
+            if config.corruption == "uniform":
+                tokens = torch.randint(config.num_categories, shape, generator=torch.Generator().manual_seed(0))
+            tokens = tokens.to(device).repeat(batch_size, 1)
         if timesteps is not None:
             check_shape("timesteps", timesteps, [tuple(tokens.shape), (batch_size,)])
             check_value_range("timesteps", timesteps, 1, config.num_timesteps)
@@ -503,7 +507,7 @@ def check_forward_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def check_noise(config: TDDConfig, noise: Tensor, shape: tuple[int, ...]) -> None:
     """Raises a `ValueError` unless noise has a shape without its width, and one of the two widths."""
-    widths = {config.noise_width, 1 if config.corruption == "mask" else config.num_categories}
+    widths = {config.noise_width, config.num_categories if config.corruption == "gaussian" else config.noise_width}
     check_shape("noise", noise, [(*shape, width) for width in sorted(widths)])
 
 
@@ -551,7 +555,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 f"{config.max_position_embeddings} and {config.pooling!r}."
             )
         self.num_labels = config.num_labels
-        self.model = TDDModel(config, add_denoiser=config.corruption == "gaussian")
+        self.model = TDDModel(config, add_denoiser=config.corruption != "mask")
         width = self.model.encoder_hidden_size if self.model.denoiser is None else config.hidden_size
         self.classifier = nn.Linear(width, config.num_labels)
         self.post_init()
@@ -667,6 +671,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
     def _check_labels(self, labels: Tensor, batch_size: int) -> None:
         check("labels", labels)
         soft = labels.is_floating_point()
+        if soft and self.training and self.config.corruption == "uniform":
+            raise ValueError("`labels` must be class indices with `corruption='uniform'`, which replaces them.")
         expected = (batch_size, self.num_labels) if soft else (batch_size,)
         if tuple(labels.shape) != expected:
             raise ValueError(
@@ -710,10 +716,14 @@ class TDDForImageClassification(TDDPreTrainedModel):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         numbers = RandomNumbers([generator], len(prefix), num_noise_samples, 1, config.noise_width, device)
         network = ConditionedDenoiser(self.model.denoiser, self.classifier, prefix, **kwargs)
+        sampler = RenoiseSampler(config.num_timesteps, confidence_threshold)
+        if config.corruption == "uniform":
+            alpha_bar = self.model.denoiser.schedule_on(device).alpha_bar
+            sampler = UniformSampler(alpha_bar, config.num_categories, confidence_threshold)
         # 2. The loop. A row that is finished keeps its logits
         steps = denoise(
             network,
-            RenoiseSampler(config.num_timesteps, confidence_threshold),
+            sampler,
             numbers,
             KnownTokens.none(num_rows, 1, device),
             guidance_scales(guidance_schedule, guidance_scale, num_inference_steps),
@@ -894,8 +904,9 @@ class ConditionedDenoiser:
     def __init__(self, denoiser: TDDDenoiser, head: nn.Module, prefix: Tensor, **denoiser_kwargs: Any):
         self.denoiser, self.head, self.prefix = denoiser, head, prefix
         self.denoiser_kwargs = denoiser_kwargs
-        # Where the network predicts the noise, its K numbers are needed, and not those of `epsilon W`
-        self.noise_name = "noise_embeds" if denoiser.config.prediction_type == "sample" else "noise"
+        # A prediction of the noise needs its K numbers, and not `epsilon W`; and of numbers random tokens are made
+        is_embedded = denoiser.config.prediction_type == "sample" and denoiser.config.corruption == "gaussian"
+        self.noise_name = "noise_embeds" if is_embedded else "noise"
         self.cache: DenoiserCache | None = None
         self.hidden_states: tuple[Tensor, ...] | None = None
         self.attentions: tuple[Tensor, ...] | None = None
@@ -928,7 +939,8 @@ class ConditionedDenoiser:
         if places is not None:
             hidden_states = hidden_states[places]
         prediction = self.head(hidden_states).float()
-        return prediction if self.noise_name == "noise_embeds" else self._subtract_noise(state, prediction)
+        is_noise = self.denoiser.config.prediction_type == "epsilon"
+        return self._subtract_noise(state, prediction) if is_noise else prediction
 
     def _subtract_noise(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
         """Logits from a prediction of the noise, `y_t - sigma_t epsilon`: that is y_0 up to a positive factor, which

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .diffusion_tdd import replace_by_random_tokens
+
 
 # The timestep, as a share of T, of tokens that the confidence sampler has settled or that were given
 # (docs/decisions.md, 12 to 14).
@@ -194,6 +196,38 @@ class UnmaskingSampler:
         return NoisyTokens(tokens.masked_fill(~is_visible, self.mask_token), timesteps, None, is_given, is_visible)
 
 
+class UniformSampler(RenoiseSampler):
+    r"""
+    Random tokens in place of noise, as in D3PM: all free places start as random tokens, and of every prediction as
+    many stay as belong to the next timestep. Given tokens stay from the start.
+
+    Args:
+        alpha_bar (`torch.Tensor` of shape `(T + 1,)`): The chance that a token stays, at t = 0 ... T.
+        num_categories (`int`): K.
+        confidence_threshold: As in [`RenoiseSampler`].
+    """
+
+    def __init__(self, alpha_bar: Tensor, num_categories: int, confidence_threshold: float | None = None):
+        super().__init__(len(alpha_bar) - 1, confidence_threshold)
+        self.alpha_bar, self.num_categories = alpha_bar, num_categories
+
+    def start(self, known: KnownTokens, noise: Tensor | None) -> NoisyTokens:
+        """The state at t = T. Of `noise`, (rows, N, 2), the random tokens are made."""
+        return self._replace(super().start(known, noise))
+
+    def step(
+        self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
+    ) -> NoisyTokens:
+        """The state at `next_timestep`, int64 of shape ()."""
+        return self._replace(super().step(state, prediction, next_timestep, noise))
+
+    def _replace(self, state: NoisyTokens) -> NoisyTokens:
+        uniform = torch.special.ndtr(state.noise)  # of standard normal numbers, those in (0, 1)
+        alpha_bar = self.alpha_bar[state.timesteps]
+        tokens = replace_by_random_tokens(state.tokens, uniform, alpha_bar, self.num_categories)
+        return state._replace(tokens=torch.where(state.is_given, state.tokens, tokens), noise=None)
+
+
 Sampler = RenoiseSampler | ConfidenceSampler | UnmaskingSampler
 
 
@@ -289,6 +323,7 @@ __all__ = [
     "Prediction",
     "RenoiseSampler",
     "Sampler",
+    "UniformSampler",
     "UnmaskingSampler",
     "follows_end",
     "inference_timesteps",

@@ -129,7 +129,7 @@ SETTINGS = {
     "num_timesteps": _SIZE,
     "noise_schedule": choice("linear", "cosine", "calibrated", "projected"),
     "input_weighting": choice("none", "visibility"),
-    "corruption": choice("gaussian", "mask"),
+    "corruption": choice("gaussian", "mask", "uniform"),
     "prediction_type": choice("sample", "epsilon"),
     "one_hot_scale": number(0.001, 1),
     # Training

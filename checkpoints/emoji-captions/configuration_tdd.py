@@ -151,7 +151,8 @@ class TDDConfig(PreTrainedConfig):
 
         corruption (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"` is TDD. `"mask"` is the baseline MDD, masked discrete diffusion. For one token MDD is a linear
-            head on the encoder's features (Section 4.1), and the model has no denoiser.
+            head on the encoder's features (Section 4.1), and the model has no denoiser. `"uniform"` puts random tokens
+            in place of the clean ones, as D3PM does (not of the paper; here with the loss and the loop of TDD).
         prediction_type (`str`, *optional*, defaults to `"sample"`):
             `"sample"`: cross-entropy on y_0 (Section 3.2). `"epsilon"`: mean squared error on the noise, the ablation
             of Table 2 ("w/ regression loss").
@@ -306,11 +307,11 @@ class TDDConfig(PreTrainedConfig):
 
     def _task_defaults(self) -> dict[str, Any]:
         """What `None` stands for, by task and method."""
-        one_token, masks = self.max_position_embeddings == 1, self.corruption == "mask"
-        timestep_sampling = self.timestep_sampling or ("shared" if one_token or masks else "per_token")
+        one_token, without_noise = self.max_position_embeddings == 1, self.corruption != "gaussian"
+        timestep_sampling = self.timestep_sampling or ("shared" if one_token or without_noise else "per_token")
         defaults = {
             "noise_schedule": "cosine" if one_token else "projected",
-            "input_weighting": "none" if one_token or masks else "visibility",
+            "input_weighting": "none" if one_token or without_noise else "visibility",
             "timestep_sampling": timestep_sampling,
             "mistaken_share": 0.1 if timestep_sampling == "per_token" else 0.0,
             "label_smoothing": 0.1 if one_token and self.prediction_type != "epsilon" else 0.0,
@@ -329,9 +330,10 @@ class TDDConfig(PreTrainedConfig):
     @property
     def noise_width(self) -> int:
         """`int`: how many random numbers a noisy token takes: min(K, d) for Gaussian noise, see
-        [`~diffusion_tdd.noise_factor`], K where the noise itself is predicted, and 1 for masks."""
-        if self.corruption == "mask":
-            return 1
+        [`~diffusion_tdd.noise_factor`], K where the noise itself is predicted, 1 for masks (whether there is one), and
+        2 for random tokens (whether there is one, and which)."""
+        if self.corruption != "gaussian":
+            return 1 if self.corruption == "mask" else 2
         return self.num_categories if self.prediction_type == "epsilon" else min(self.num_categories, self.hidden_size)
 
     def validate(self) -> None:
@@ -365,17 +367,19 @@ class TDDConfig(PreTrainedConfig):
                     check(f"vision_config.{name}", side, integer(1, 2**20))
 
     def _validate_diffusion(self) -> None:
-        if self.corruption == "gaussian" and self.num_categories < 2:
-            raise ValueError(f"`corruption='gaussian'` needs at least 2 categories, got {self.num_categories}.")
-        if self.corruption == "mask":
-            # Masks have no noise: nothing to regress, to scale, or to give each token its own amount of
-            without_masks = {
+        if self.corruption != "mask" and self.num_categories < 2:
+            raise ValueError(
+                f"`corruption={self.corruption!r}` needs at least 2 categories, got {self.num_categories}."
+            )
+        if self.corruption != "gaussian":
+            # There is no noise: nothing to regress, to scale, or to give each token its own amount of
+            without_noise = {
                 "prediction_type": "sample",
                 "input_weighting": "none",
                 "timestep_sampling": "shared",
                 "one_hot_scale": 1,
             }
-            for name, value in without_masks.items():
+            for name, value in without_noise.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"`{name}={getattr(self, name)!r}` needs `corruption='gaussian'`.")
 

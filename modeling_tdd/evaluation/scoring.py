@@ -127,12 +127,14 @@ def score_checkpoint(
         method.
 
     Raises:
-        `ValueError`: for `compare_without_noise` with MDD, which has no noise, and as in [`references_of`].
+        `ValueError`: for `compare_without_noise` with a model without noise (MDD), and as in [`references_of`].
     """
     model, processor = load_checkpoint(checkpoint)
+    if model.config.corruption != "gaussian" and compare_without_noise:
+        raise ValueError(
+            f"{checkpoint} has `corruption={model.config.corruption!r}`: no noise that could be replaced."
+        )
     if model.config.corruption == "mask":
-        if compare_without_noise:
-            raise ValueError(f"{checkpoint} has masks (MDD) and no noise that could be replaced.")
         grid = grid if model.can_generate() else [{"num_inference_steps": 1, "guidance_scale": 1.0}]
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())

@@ -16,6 +16,7 @@ TASKS = {"TDDForImageClassification": "image-classification", "TDDForCaptioning"
 METHODS = {
     "gaussian": "Tweedie discrete diffusion (TDD)",
     "mask": "masked discrete diffusion (MDD), the baseline of TDD",
+    "uniform": "discrete diffusion with random tokens in place of noise (D3PM), a baseline of TDD",
 }
 HUB_METRICS = {"top1": "accuracy", "token_f1": "f1"}  # metrics with another name on the Hub
 GLOSSARY = {

@@ -27,7 +27,7 @@ from .tokenization import train_tokenizer
 
 logger = logging.get_logger(__name__)
 
-CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask"}
+CORRUPTIONS = {"tdd": "gaussian", "mdd": "mask", "uniform": "uniform"}
 MIN_WORD_COUNT = 2  # an encoder learns the words that occur in so many training captions
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
@@ -76,7 +76,7 @@ def methods_of(recipe: Recipe) -> list[str]:
 
 def has_steps(recipe: Recipe, method: str) -> bool:
     """Whether the method denoises step by step. For one token MDD is a linear head."""
-    return method == "tdd" or (method == "mdd" and recipe.task == "captioning")
+    return method in ("tdd", "uniform") or (method == "mdd" and recipe.task == "captioning")
 
 
 def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
