@@ -275,7 +275,7 @@ class DenoiserCache(NamedTuple):
         return self._replace(key_values=repeated)
 
     def select(self, keep: Tensor) -> "DenoiserCache":
-        """The rows of a boolean mask."""
+        """The rows of a boolean mask, or of indices."""
         return self._replace(key_values=select_rows(self.key_values, keep))
 
 

@@ -23,6 +23,7 @@ from .denoiser_tdd import TDDMLP, DenoiserCache, TDDDenoiser
 from .diffusion_tdd import add_noise, one_hot
 from .encoder_tdd import as_tokens, build_encoder, freeze_unread, pool_tokens, run_encoder
 from .generation_tdd import TDDGenerationMixin
+from .likelihood_tdd import TDDLikelihoodMixin
 from .loss_tdd import diffusion_loss
 from .samplers_tdd import (
     KnownTokens,
@@ -746,9 +747,10 @@ class TDDForImageClassification(TDDPreTrainedModel):
         )
 
 
-class TDDForCaptioning(TDDGenerationMixin, TDDPreTrainedModel):
+class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedModel):
     r"""
-    Image captioning as the denoising of N tokens together (Section 3.4); `generate` runs the loop.
+    Image captioning as the denoising of N tokens together (Section 3.4); `generate` runs the loop, and `score` ranks
+    given captions.
 
     A caption is its tokens, one `eos_token_id`, and `pad_token_id` up to N = `config.max_position_embeddings` places.
     Padding is a token like any other, of less weight in the loss, so a caption's length is part of what is denoised.

@@ -162,9 +162,13 @@ SETTINGS = {
     "num_return_sequences": integer(1, 2**16),
     "return_dict_in_generate": FLAG,
     "output_trajectory": FLAG,
+    # Scores of given captions
+    "method": choice("pseudo_likelihood", "diffusion_bound"),
+    "num_draws": integer(1, 2**16),
+    "max_rows": _COUNT,
     # What a call computes with
     "pixel_values": tensor("floats"),
-    "labels": tensor("floats or int64", 1, 2),
+    "labels": tensor("floats or int64", 1, 2, 3),
     "image_features": tensor("floats", 3),
     "tokens": tensor("int64", 2),
     "timesteps": tensor("int64", 1, 2, 3),

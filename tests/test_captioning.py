@@ -366,6 +366,8 @@ def test_eight_captions_are_learnt_by_heart(fields: dict[str, Any]) -> None:
     steps = 120 if model.config.corruption == "gaussian" else 250  # of masks, masked places alone are learned from
     right, model, images, captions = learn_eight_captions(model, steps)
     assert right == 8  # and so is token F1 1
+    scores = model.score(images, captions.expand(8, -1, -1))
+    assert torch.equal(scores.argmax(1), torch.arange(8))  # of all captions each image's own is the likeliest
     with torch.no_grad():
         assert model(images, captions).loss < 0.3
 

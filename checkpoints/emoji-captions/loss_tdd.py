@@ -113,7 +113,11 @@ class NoisyTargets(NamedTuple):
 
 
 def draw_noisy_targets(
-    denoiser: "TDDDenoiser", targets: Tensor, timesteps: Tensor | None = None, noise: Tensor | None = None
+    denoiser: "TDDDenoiser",
+    targets: Tensor,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    repeats: int | None = None,
 ) -> NoisyTargets:
     r"""
     Draws the noisy versions of each image's tokens, and what is not given of their timesteps and noise.
@@ -126,10 +130,11 @@ def draw_noisy_targets(
         targets (`torch.Tensor`): `(batch_size, N)` or `(batch_size, N, K)`, as of [`diffusion_loss`].
         timesteps (`torch.LongTensor`, *optional*): `(batch_size, timesteps_per_image)`, or with an axis N behind it.
         noise (`torch.Tensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*): The noise.
+        repeats (`int`, *optional*): In place of the configuration's `timesteps_per_image`.
     """
     config, training, device = denoiser.config, denoiser.training, targets.device
     batch_size, num_tokens = targets.shape[:2]
-    repeats = config.timesteps_per_image
+    repeats = config.timesteps_per_image if repeats is None else repeats
     generator = None if training else torch.Generator(device).manual_seed(EVALUATION_SEED)
     drawn_images = batch_size if training else 1
     tokens = targets.repeat_interleave(repeats, dim=0)

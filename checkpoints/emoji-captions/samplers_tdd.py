@@ -20,6 +20,11 @@ from .diffusion_tdd import replace_by_random_tokens
 SETTLED_TIMESTEP = 0.02
 
 
+def settled_timestep(num_timesteps: int) -> int:
+    """The timestep of settled and given tokens."""
+    return max(1, round(SETTLED_TIMESTEP * num_timesteps))
+
+
 def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
     """The evenly spaced timesteps of a denoising loop: `num_inference_steps + 1` integers falling from T to 0."""
     return [num_timesteps - step * num_timesteps // num_inference_steps for step in range(num_inference_steps + 1)]
@@ -121,7 +126,7 @@ class ConfidenceSampler:
     ):
         self.num_timesteps, self.end_token_ids = num_timesteps, end_token_ids
         self.confidence_threshold = confidence_threshold
-        self.settled_timestep = max(1, round(SETTLED_TIMESTEP * num_timesteps))
+        self.settled_timestep = settled_timestep(num_timesteps)
 
     def timesteps_of_tokens(self, num_inference_steps: int) -> list[int]:
         """All timesteps that a token may have in a loop."""
@@ -329,5 +334,6 @@ __all__ = [
     "inference_timesteps",
     "most_confident",
     "settle_sure",
+    "settled_timestep",
     "share_of_sure",
 ]

@@ -1,0 +1,144 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""Scores of given captions, to rank captions by an image, or images by a caption (ours; the paper has none).
+
+A diffusion model has no likelihood in closed form. Two numbers stand for it here, and neither is one:
+
+- The pseudo-log-likelihood: the sum over a caption's tokens, its end among them, of the log-probability of each given
+  all others and the image. It needs a network that was trained with a timestep for each token, or with masks.
+- The diffusion bound: minus the weighted training loss, summed over the N places and averaged over given draws of
+  timesteps and noise. Any network has it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .loss_tdd import draw_noisy_targets
+from .samplers_tdd import follows_end, settled_timestep
+from .sampling_tdd import log_probability
+from .settings_tdd import check_given
+
+
+class TDDLikelihoodMixin:
+    """`score` for models that denoise tokens together. It stands beside `PreTrainedModel`."""
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_features: Tensor | None = None,
+        method: str | None = None,
+        num_draws: int = 16,
+        max_rows: int = 256,
+    ) -> Tensor:
+        r"""
+        Scores given captions of images. A score depends neither on the other images and captions nor on global random
+        state.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images.
+            labels (`torch.LongTensor` of shape `(batch_size, length)` or `(batch_size, num_captions, length)`):
+                A caption, or several, for each image, with their `eos_token_id`. `pad_token_id` or -100 fills short
+                ones.
+            image_features (`torch.FloatTensor`, *optional*):
+                In place of `pixel_values`: the `pooler_output` of `model.get_image_features`.
+            method (`str`, *optional*):
+                `"pseudo_likelihood"`, the default where the network has it, or `"diffusion_bound"`.
+            num_draws (`int`, *optional*, defaults to 16):
+                Over how many draws of timesteps and noise the diffusion bound is averaged, the same for all captions.
+            max_rows (`int`, *optional*, defaults to 256):
+                How many sequences a pass of the denoiser has at most: memory against speed. No score depends on it.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, num_captions)`: the scores, in nats, the
+            higher the likelier. A longer caption has more tokens that may be unlikely.
+
+        Raises:
+            `ValueError`: in training mode, for a method that the network does not have, and for labels of a wrong
+                shape or out of range.
+
+        Example:
+
+        ```python
+        >>> labels = processor(text=["red apple", "green apple"], return_tensors="pt").labels
+        >>> model.score(inputs.pixel_values, labels[None]).argmax(-1)
+        ```"""
+        check_given(method=method, labels=labels, num_draws=num_draws, max_rows=max_rows)
+        method = self._scoring_method(method)
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        if labels is None or labels.ndim not in (2, 3) or len(labels) != len(prefix):
+            given = None if labels is None else tuple(labels.shape)
+            allowed = f"({len(prefix)}, length) or ({len(prefix)}, num_captions, length)"
+            raise ValueError(f"`labels` must have the shape {allowed}, got {given}.")
+        targets = self._fill_labels(labels.flatten(0, -2).to(prefix.device))
+        images = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(targets) // len(prefix))
+        if method == "pseudo_likelihood":
+            scores = self._leave_one_out(prefix, images, targets, max_rows)
+        else:
+            scores = self._diffusion_bound(prefix, images, targets, num_draws, max_rows)
+        return scores.view(labels.shape[:-1])
+
+    def _scoring_method(self, method: str | None) -> str:
+        config = self.config
+        if self.training:
+            raise ValueError("`score` needs `model.eval()`: in training mode a score would be drawn.")
+        if config.prediction_type == "epsilon":
+            raise ValueError("`score` needs a network that predicts tokens, got `prediction_type='epsilon'`.")
+        has_pseudo = config.corruption == "mask" or config.timestep_sampling == "per_token"
+        if method == "pseudo_likelihood" and not has_pseudo:
+            raise ValueError(
+                "`method='pseudo_likelihood'` needs a network that was trained with masks or with a timestep for each "
+                "token: this one has never seen one token hidden among others. Use `method='diffusion_bound'`."
+            )
+        return method or ("pseudo_likelihood" if has_pseudo else "diffusion_bound")
+
+    def _leave_one_out(self, prefix: Tensor, images: Tensor, targets: Tensor, max_rows: int) -> Tensor:
+        """Pseudo-log-likelihoods of shape (captions,). Each token is hidden in a row of its own, in which the others
+        are as settled ones are in the loop. Where a caption has no end token, its first padding is its end."""
+        config, denoiser, places = self.config, self.model.denoiser, targets.shape[1]
+        highest, noise = config.num_timesteps, None
+        if config.corruption == "mask":  # the timestep at which one of N is expected to be masked
+            visible_share = denoiser.schedule_on(targets.device).alpha_bar[1:]
+            visible = hidden = int((visible_share - (1 - 1 / places)).abs().argmin()) + 1
+        else:
+            visible, hidden = settled_timestep(highest), highest
+            noise = torch.randn(places, config.noise_width, generator=torch.Generator().manual_seed(0))
+            noise = noise.to(targets.device)
+        used = torch.tensor([visible, hidden], device=targets.device)
+        cache = denoiser(timesteps=used, noise=noise, prefix=prefix).cache
+        captions, left_out = (~follows_end(targets, (config.eos_token_id, config.pad_token_id))).nonzero(as_tuple=True)
+        scores = torch.zeros(targets.shape, device=targets.device)
+        for caption, place in zip(captions.split(max_rows), left_out.split(max_rows)):
+            is_hidden = nn.functional.one_hot(place, places).bool()
+            tokens = targets[caption]
+            inputs = tokens.masked_fill(is_hidden, config.num_categories) if config.corruption == "mask" else tokens
+            timesteps = torch.where(is_hidden, hidden, visible)
+            embeds = None if noise is None else cache.noise_embeds.expand(len(caption), -1, -1)
+            own = cache.select(images[caption])
+            hidden_states = denoiser(inputs, timesteps, noise_embeds=embeds, cache=own).last_hidden_state
+            logits = self.lm_head(hidden_states[is_hidden]).float()
+            scores[caption, place] = log_probability(logits, tokens[is_hidden])
+        return scores.sum(1)
+
+    def _diffusion_bound(
+        self, prefix: Tensor, images: Tensor, targets: Tensor, num_draws: int, max_rows: int
+    ) -> Tensor:
+        """Minus the weighted losses of shape (captions,), summed over the places, a mean over draws."""
+        denoiser, scores = self.model.denoiser, []
+        cache = denoiser(timesteps=torch.ones(1, dtype=torch.long, device=targets.device), prefix=prefix).cache
+        cache = cache._replace(time_embeds=None)  # the timesteps are not known beforehand
+        is_padding = targets == self.config.pad_token_id
+        token_weight = torch.where(is_padding, float(self.config.pad_loss_weight), 1.0)
+        for part in torch.arange(len(targets), device=targets.device).split(max(1, max_rows // num_draws)):
+            noisy = draw_noisy_targets(denoiser, targets[part], repeats=num_draws)
+            own = cache.select(images[part].repeat_interleave(num_draws))
+            outputs = denoiser(noisy.tokens, noisy.timesteps, noisy.noise, cache=own)
+            logits = self.lm_head(outputs.last_hidden_state).float()
+            repeated, weight = (values[part].repeat_interleave(num_draws, dim=0) for values in (targets, token_weight))
+            losses = -log_probability(logits, repeated) * noisy.loss_weight * weight
+            scores.append(-losses.sum(1).view(len(part), num_draws).mean(1))
+        return torch.cat(scores)
+
+
+__all__ = ["TDDLikelihoodMixin"]
