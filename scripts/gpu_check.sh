@@ -12,7 +12,7 @@ export OUT=${OUT:-outputs/gpu_check} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_
 export SMALL="" DEVICE=cuda EPOCHS=15 FLOOR=0.85 BENCHMARK="" PROCESSES=1 PATIENCE=1
 export FSDP="accelerate.commands.launch --config_file scripts/accelerate/fsdp2_8gpu.yaml --num_processes 1"
 if [ "${1:-}" = --small ]; then  # FSDP's configuration is for GPUs alone; a slow machine may take its time
-  SMALL=--small DEVICE=cpu EPOCHS=2 FLOOR=0.05 BENCHMARK="--batch-sizes 1 --repeats 1" PROCESSES=2 PATIENCE=4
+  SMALL=--small DEVICE=cpu EPOCHS=1 FLOOR=0.05 BENCHMARK="--batch-sizes 1 --repeats 1" PROCESSES=2 PATIENCE=10
   FSDP="torch.distributed.run --standalone --nproc_per_node 2"
 fi
 mkdir -p "$OUT"
