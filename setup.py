@@ -18,7 +18,7 @@ TRAIN = [
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
     "tensorboard>=2.16",
-    "timm>=1.0.15",
+    "timm>=1.0.26",
     "torchvision>=0.20",
     "tqdm>=4.66",
 ]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
-from .settings_tdd import SETTINGS, check, check_names, integer, read_object
+from .settings_tdd import SETTINGS, check, check_names, integer, read_object, refuse_locations
 
 
 logger = logging.get_logger(__name__)
@@ -249,6 +249,7 @@ class TDDConfig(PreTrainedConfig):
         check_names(kwargs, self._known_names(), "`TDDConfig`")
         if kwargs.get("num_labels") is not None:
             check("num_labels", kwargs["num_labels"])
+        refuse_locations("vision_config", self.vision_config)  # before its class sees it, which may look at the Hub
         if isinstance(self.vision_config, dict):
             try:
                 self.vision_config, _ = self.sub_configs_defaults["vision_config"].create_subconfig(
@@ -294,6 +295,13 @@ class TDDConfig(PreTrainedConfig):
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         return read_object(super()._dict_from_json_file, json_file)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TDDConfig":
+        """As in Transformers. What a file says may not name a repository with code."""
+        for name in ("attn_implementation", "experts_implementation"):
+            refuse_locations(name, config_dict.get(name))
+        return super().from_dict(config_dict, **kwargs)
 
     def _task_defaults(self) -> dict[str, Any]:
         """What `None` stands for, by task and method."""
