@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..settings_tdd import check, integer
 from .batches import Example
 from .streaming import MAX_NAMED, ImageStream, ReadExample, Row
 
@@ -47,6 +48,9 @@ class ImageData:
         if self.streaming and (self.path in ("digits", "imagefolder", "coco") or self.num_examples is None):
             needed = "parquet, webdataset or a data set of the Hub, and `data.num_examples`"
             raise ValueError(f"`data.streaming` needs {needed}, got {self.path!r} and {self.num_examples}.")
+        for name in ("num_proc", "num_examples"):
+            if getattr(self, name) is not None:
+                check(f"data.{name}", getattr(self, name), integer(1))
         if self.eval_share and (self.streaming or self.train_split == "validation" or not 0 < self.eval_share < 1):
             needed = "0, or in (0, 1) without `data.streaming` and `data.train_split=validation`"
             raise ValueError(f"`data.eval_share` must be {needed}, got {self.eval_share}.")

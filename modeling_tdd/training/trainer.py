@@ -17,7 +17,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..processing_tdd import saveable_image_processor
-from .arguments import TDDTrainingArguments, fast_precision
+from .arguments import NO_UPLOADS, TDDTrainingArguments, fast_precision
 from .averaging import AveragedAdamW
 from .batches import TrainingRows
 from .callbacks import (
@@ -37,7 +37,7 @@ class TDDTrainer(Trainer):
     r"""
     `Trainer` with what training a diffusion model on images needs beside it:
 
-    - The moving average of the weights ([`AveragedAdamW`]) is evaluated, saved and pushed. After `train` the model
+    - The moving average of the weights ([`AveragedAdamW`]) is evaluated and saved. After `train` the model
       holds it. Checkpoints have the weights that train too.
     - Order, augmentation and noise depend only on the seed and on the place in training. So a run that was killed and
       resumed ends with the same weights as an unbroken one, and one process with the same weights as two.
@@ -84,6 +84,10 @@ class TDDTrainer(Trainer):
             self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
         self.settings: dict[str, Any] = {}
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a `ValueError`: whatever starts an upload in `Trainer` begins here."""
+        raise ValueError(NO_UPLOADS)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All weights decay but biases and those of norms, as in timm."""
