@@ -26,8 +26,9 @@ from modeling_tdd import TDDConfig, TDDForImageClassification
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.batches import Augmentation, build_mixup, build_train_transform
+from modeling_tdd.training.folders import write_json
 from modeling_tdd.training.recipe import Recipe, load_recipe
-from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
+from modeling_tdd.training.results import check_same_run, save_checkpoint
 from modeling_tdd.training.tasks import methods_of
 from modeling_tdd.training.trainer import TDDTrainer
 
