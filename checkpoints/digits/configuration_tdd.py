@@ -53,6 +53,13 @@ def check_steps(num_timesteps: int, num_inference_steps: int) -> int:
     return check("num_inference_steps", num_inference_steps, integer(1, num_timesteps))
 
 
+def _without_origin(value: Any) -> Any:
+    """An encoder's configuration without where it came from, which may be a folder of its author's machine."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_origin(item) for name, item in value.items() if name != "_name_or_path"}
+
+
 class TDDConfig(PreTrainedConfig):
     r"""
     Configuration of [`TDDModel`], [`TDDForImageClassification`] and [`TDDForCaptioning`]: in-situ Tweedie Discrete
@@ -276,9 +283,11 @@ class TDDConfig(PreTrainedConfig):
             raise ValueError(f"`{name}` is refused: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without the attributes that a tool has set and that could not be loaded again."""
+        """As in Transformers, without the attributes that a tool has set and that could not be loaded again, and
+        without the name of the encoder's folder."""
         known = set(self._known_names())
-        return {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+        values = {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+        return {**values, "vision_config": _without_origin(values["vision_config"])}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers. What [`~TDDConfig.to_dict`] leaves out is named in a warning."""
