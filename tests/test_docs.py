@@ -129,6 +129,6 @@ def test_scripts_are_short(file: Path) -> None:
 
 def test_training_and_scripts_stay_small() -> None:
     files = [*(PACKAGE / "training").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    # 2,800, and 260 for what came new with docs/security.md: checkpoints that are trusted by their content, savings that
-    # are whole whenever the process is killed, locks, and checks of what recipes and data name
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 3060
+    # 2,800, and 280 for what came new with docs/security.md: checkpoints that are trusted by their content, savings
+    # that are whole whenever the process is killed, locks, and checks of what recipes and data name
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 3080

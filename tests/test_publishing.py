@@ -301,7 +301,7 @@ def test_what_is_published_names_no_path_no_password_and_not_the_datas_readme(
     recipe["data"] |= {"path": "/home/alice/secret/loader", "data_dir": str(data)}
     recipe["data"]["data_files"] = {
         "train": "https://alice:secret@example.org:8080/a/train.parquet?token=secret#secret",
-        "more": "zip://*.jpg::https://secret@example.org/more.zip?secret",
+        "more": "zip://*.jpg::https://alice:se@secret@example.org/more.zip?secret",
         "windows": r"C:\Users\alice\secret\w.parquet",
     }
     recipe["encoder"], recipe["checkpoint"] = "~/alice/encoder", "/alice"

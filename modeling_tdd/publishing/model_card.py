@@ -37,7 +37,7 @@ CITATION = """```bibtex
 ```"""
 
 # "https://user:password@host/file?token=x", also within another text, such as "zip://a.jpg::https://..."
-URL = re.compile(r"(?P<scheme>\w+://)(?:[^/\s@]*@)?(?P<place>[^\s?#:]*(?::\d+[^\s?#:]*)?)(?:[?#][^\s:]*)?")
+URL = re.compile(r"(?P<scheme>\w+://)(?:[^/\s]*@)?(?P<place>[^\s?#:]*(?::\d+[^\s?#:]*)?)(?:[?#][^\s:]*)?")
 
 Result = dict[str, Any]
 
@@ -184,10 +184,8 @@ def without_secrets(value: Any) -> Any:
 
 
 def _last_part(path: str) -> str:
-    is_local = any(kind(path).is_absolute() for kind in (PurePosixPath, PureWindowsPath)) or path.startswith(
-        ("~", "..")
-    )
-    return PureWindowsPath(path).name if is_local else path
+    is_absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return PureWindowsPath(path).name if is_absolute or path.startswith(("~", "..")) else path
 
 
 def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
