@@ -17,10 +17,10 @@ TRAIN = [
     "pyyaml>=6.0",
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
-    "tensorboard>=2.16",
+    "tensorboard>=2.16.2",
     "timm>=1.0.26",
-    "torchvision>=0.20",
-    "tqdm>=4.66",
+    "torchvision>=0.21",
+    "tqdm>=4.66.3",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
 DEMO = ["matplotlib>=3.8"]
@@ -42,9 +42,9 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "huggingface_hub>=1.0",
-        "pillow>=10.0",
-        "safetensors>=0.5",
+        "huggingface_hub>=1.31",
+        "pillow>=12.1.1",
+        "safetensors>=0.8",
         "torch>=2.6",
         "transformers>=5.20,<6",
     ],

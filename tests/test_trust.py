@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,26 @@ def test_arguments_of_timm_that_name_nothing_are_kept(vision_config: TimmWrapper
 
 def test_timm_is_one_that_loads_no_pickles() -> None:
     assert tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
+
+
+# ---- Sizes
+
+
+SIZES = [
+    {"num_hidden_layers": 100_000},
+    {"image_size": 2**20},
+    {"image_size": 8192, "patch_size": 1},
+    {"model_type": "resnet", "depths": [20_000, 2, 2, 2]},
+    {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"layers": [20_000, 1, 1, 1]}},
+    {"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"depth": 20_000}},
+    {"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"img_size": 4096, "patch_size": 2}},
+]
+
+
+@pytest.mark.parametrize("fields", SIZES, ids=str)
+def test_an_encoder_that_would_be_built_for_minutes_is_refused_at_once(fields: dict[str, Any]) -> None:
+    small = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    start = time.process_time()
+    with pytest.raises(ValueError, match="`vision_config.*must have (at most|images of at most)"):
+        TDDForImageClassification(TDDConfig(vision_config={**small, **fields}))
+    assert time.process_time() - start < 5

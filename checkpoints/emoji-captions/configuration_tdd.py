@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """TDD model configuration."""
 
+import re
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -51,6 +52,34 @@ ENCODER_SIZES = (
 def check_steps(num_timesteps: int, num_inference_steps: int) -> int:
     """The number of denoising steps, of which there are at most T."""
     return check("num_inference_steps", num_inference_steps, integer(1, num_timesteps))
+
+
+# Names of an encoder's numbers of layers, also in timm's arguments
+LAYERS = re.compile(r"(^|_)(layers|depths?|blocks|stages)$")
+MAX_LAYERS, MAX_IMAGE_SIZE, MAX_PATCHES = 1000, 2**13, 2**16
+
+
+def check_encoder_sizes(name: str, values: dict[str, Any]) -> None:
+    """Raises a `ValueError` for an encoder that would be built for minutes, whatever its other sizes are: with more
+    layers or larger images than any in use, or with more than 256 x 256 patches."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_encoder_sizes(f"{name}.{key}", value)
+        elif LAYERS.search(str(key)) and (number := sum(_numbers(value))) > MAX_LAYERS:
+            raise ValueError(f"`{name}.{key}` must have at most {MAX_LAYERS} layers, got {number}.")
+    image = max((n for key in ("image_size", "img_size") for n in _numbers(values.get(key))), default=0)
+    if image > MAX_IMAGE_SIZE:
+        raise ValueError(f"`{name}` must have images of at most {MAX_IMAGE_SIZE} pixels a side, got {image}.")
+    patch = min(_numbers(values.get("patch_size")), default=image or 1)
+    if (image / max(patch, 1)) ** 2 > MAX_PATCHES:
+        raise ValueError(f"`{name}` must have at most {MAX_PATCHES} patches, got images of {image} by {patch} pixels.")
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
 def _without_origin(value: Any) -> Any:
@@ -371,6 +400,7 @@ class TDDConfig(PreTrainedConfig):
             for side in size if isinstance(size, (list, tuple)) else (size,):
                 if isinstance(side, (int, float)):
                     check(f"vision_config.{name}", side, integer(1, 2**20))
+        check_encoder_sizes("vision_config", self.vision_config.to_dict())
 
     def _validate_diffusion(self) -> None:
         if self.corruption == "gaussian" and self.num_categories < 2:
