@@ -274,7 +274,8 @@ def refuse_locations(name: str, value: Any) -> None:
         for key, item in value.items():
             if key in _NOTES and "model_args" not in name:
                 continue
-            if item and _LOADS.search(str(key)):
+            is_timms = key == "backbone" and value.get("model_type") == "timm_backbone"  # the name of a network
+            if item and _LOADS.search(str(key)) and not is_timms:
                 raise ValueError(
                     f"`{name}.{key}` must not be given, since it names what to load, got {shorten(item)}."
                 )
