@@ -10,20 +10,20 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py").read_text(), re.MULTILINE)[1]
 
 TRAIN = [
-    "accelerate>=1.10",
-    "datasets>=4.0",
+    "accelerate>=1.11",
+    "datasets>=4.3",
     "evaluate>=0.4.6",
-    "peft>=0.17",
+    "peft>=0.18",
     "pyyaml>=6.0",
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
-    "tensorboard>=2.16",
-    "timm>=1.0.15",
-    "torchvision>=0.20",
-    "tqdm>=4.66",
+    "tensorboard>=2.16.2",
+    "timm>=1.0.26",
+    "torchvision>=0.21",
+    "tqdm>=4.66.3",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
-DEMO = ["matplotlib>=3.8"]
+DEMO = ["matplotlib>=3.9"]
 DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.15"]
 TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
@@ -42,11 +42,12 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "huggingface_hub>=1.0",
-        "pillow>=10.0",
-        "safetensors>=0.5",
+        "huggingface_hub>=1.31",
+        "numpy>=2.0",
+        "pillow>=12.1.1",
+        "safetensors>=0.8",
         "torch>=2.6",
-        "transformers>=5.20,<6",
+        "transformers>=5.23,<6",
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO, "deploy": DEPLOY},
     classifiers=[

@@ -243,8 +243,6 @@ class TDDPreTrainedModel(PreTrainedModel):
         vision_config = getattr(pretrained_config, "vision_config", pretrained_config)
         if not {"dtype", "torch_dtype"} & encoder_kwargs.keys():
             vision_config.dtype = torch.float32
-        if Path(encoder_name_or_path).exists():
-            vision_config._name_or_path = ""  # a checkpoint names no folder of the machine that it was made on
         if getattr(vision_config, "model_args", None):  # timm writes a head's size there, which Transformers sets too
             vision_config.model_args.pop("num_classes", None)
         model = cls(cls.config_class(vision_config=vision_config, **config_kwargs))

@@ -11,7 +11,7 @@ run from its last checkpoint, and leaves finished runs alone. `ar` is an autoreg
 """
 
 import argparse
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from accelerate.utils import set_seed
 
 from modeling_tdd.evaluation.step_curves import read_results, score_tables
 from modeling_tdd.training.arguments import TDDTrainingArguments
+from modeling_tdd.training.folders import locked, remove, write_json, write_text
 from modeling_tdd.training.lora import add_lora
 from modeling_tdd.training.recipe import Recipe, load_recipe
-from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
+from modeling_tdd.training.results import check_same_run, save_checkpoint
 from modeling_tdd.training.tasks import Task, has_steps, make_task, methods_of, score_nearest
 from modeling_tdd.training.trainer import TDDTrainer
 
@@ -48,7 +49,9 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> 
     result = {"method": method, "seed": seed, "recipe": recipe.to_dict()}
     with args.main_process_first(desc="preparing the run"):
         if restart and args.process_index == 0:
-            shutil.rmtree(training_folder, ignore_errors=True)
+            for name in ("checkpoint-*", "runs", "trainer_state.json", "run.json"):  # which says whose the others are
+                for path in training_folder.glob(name):
+                    remove(path)
         check_same_run(training_folder / "run.json", result)
         set_seed(seed)
         task = make_task(recipe, method, folder.parent / "features")
@@ -121,14 +124,15 @@ def main() -> None:
         if (folder / "result.json").exists():
             state.print(f"{folder} is done already.")
         elif method != "nearest":
-            run(recipe, method, seed, folder, args.restart)
+            with locked(folder) if state.is_main_process else nullcontext():
+                run(recipe, method, seed, folder, args.restart)
         elif state.is_main_process:
             scores = score_nearest(recipe, output_dir / "features")
             result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
             write_json(folder / "result.json", result)
     if state.is_main_process:
         tables = score_tables(read_results(folders.values()))
-        (output_dir / "results.md").write_text(tables + "\n")
+        write_text(output_dir / "results.md", tables + "\n")
         print(f"\nScores in %, {len(args.seeds)} seed(s):\n\n{tables}")
 
 

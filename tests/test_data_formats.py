@@ -2,7 +2,10 @@
 """Every data format of the paper's data sets, streamed and from local folders, whole and broken."""
 
 import io
+import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from samples import (
     write_webdataset,
 )
 
-from modeling_tdd.training.data import CaptionData, LabelData, caption_texts, load_captions, load_labels
+from modeling_tdd.training.data import CaptionData, LabelData, caption_texts, load_captions, load_labels, read_image
 from modeling_tdd.training.streaming import ImageStream
 
 
@@ -251,3 +254,73 @@ def test_a_caption_of_a_table_that_is_not_utf_8_is_skipped_and_named(tmp_path: P
     splits = load_captions(CaptionData(path="parquet", data_files=files))
     assert [row["captions"] for row in splits["train"]] == [["a cat"], ["a dog"]]
     assert "1 of 3 examples of 'train' are bad: row 1: no caption in UTF-8" in caplog.text
+
+
+# ---- Images that data name by a path
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A picture that is not in the folder of the data, `tmp_path / "data"`."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "private.png").write_bytes(picture_bytes(3))
+    return tmp_path / "private.png"
+
+
+def make_paths(folder: Path, outside: Path) -> dict[str, str]:
+    """Names of pictures in `folder` and why they are bad; `folder` gets a link, a pipe and a folder."""
+    (folder / "link.png").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "good.png").write_bytes(picture_bytes(1))
+    up = "../" * (len(folder.parts) - len(outside.parent.parts))
+    leaving = (f"{up}{outside.name}", str(outside), "link.png", f"linked/{outside.name}")
+    absent = ("pipe.png", "folder.png", "missing.png")
+    return dict.fromkeys(leaving, "is not in the data's folder") | dict.fromkeys(absent, "no such image")
+
+
+def test_images_of_coco_outside_of_its_folder_are_skipped_and_named(tmp_path: Path, outside: Path, caplog) -> None:
+    write_coco(tmp_path / "data", num_images=8, splits=("val2017",))
+    problems = make_paths(tmp_path / "data/val2017", outside)
+    file = tmp_path / "data/annotations/captions_val2017.json"
+    content = json.loads(file.read_text())
+    for image, name in zip(content["images"], [*problems, "good.png"]):
+        image["file_name"] = name
+    file.write_text(json.dumps(content))
+    data = CaptionData("coco", data_dir=str(tmp_path / "data"), train_split="val2017", eval_splits=[])
+    assert [grey(row["image"]) for row in load_captions(data)["val2017"]] == [1]
+    for index, problem in enumerate(problems.values()):
+        assert re.search(rf"row {index}: [^;]*{problem}", caplog.text), caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_a_table_outside_of_its_folder_are_skipped_and_named(
+    tmp_path: Path, outside: Path, caplog, streaming: bool
+) -> None:
+    folder = tmp_path / "data"
+    problems = make_paths(folder, outside)
+    cells = [{"bytes": None, "path": str(folder / name)} for name in [*problems, "good.png"]]
+    cells += [{"bytes": None, "path": None}, None, {"bytes": picture_bytes(2), "path": "/etc/name only.png"}]
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"image": cells, "caption": ["a"] * len(cells)}), folder / f"{split}.parquet")
+    size = {"streaming": True, "num_examples": 2} if streaming else {}
+    rows = load_captions(CaptionData("parquet", data_dir=str(folder), **size))["validation"]
+    assert [grey(row["image"]) for row in rows] == [1, 2]
+    for index, problem in enumerate([*problems.values(), None, "no image", "no image"]):
+        assert problem is None or re.search(rf"row {index}: [^;]*{problem}", caplog.text), caplog.text
+
+
+def test_a_table_names_no_url(tmp_path: Path) -> None:
+    image, problem = read_image({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, roots=[str(tmp_path)])
+    assert image is None and problem == "no such image http://127.0.0.1:9/a.png"
+
+
+def test_a_decompression_bomb_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PILImage.new("L", (101, 100)).save(tmp_path / "bomb.png")
+    content = (tmp_path / "bomb.png").read_bytes()
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(PILImage.Image, "load", lambda self: pytest.fail("it was decoded"))
+    for cell in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "bomb.png")}):
+        image, problem = read_image(cell)
+        assert image is None and "101 x 100 pixels are more than `PIL.Image.MAX_IMAGE_PIXELS`, 10000" in problem

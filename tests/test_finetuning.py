@@ -776,3 +776,13 @@ def test_recipe_starts_from_a_captioner(tmp_path: Path, emoji_captioner: tuple[T
 def test_a_recipe_without_anything_to_start_from_is_refused(run_train: Callable):
     with pytest.raises(ValueError, match="`checkpoint`, `encoder` or `model`"):
         run_train("finetune", "--set", "data.path=digits", *SHORT)
+
+
+def test_the_trainer_uploads_nothing(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Trainer would upload whatever lies in the output folder, and its arguments with the token."""
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="training uploads nothing"):
+        trainer.push_to_hub(token="hf_secret")
+    arguments = trainer.args.set_push_to_hub("user/model", token="hf_secret")
+    with pytest.raises(ValueError, match="training uploads nothing"):
+        TDDTrainer(trainer.model, arguments, train_dataset=trainer.train_dataset)

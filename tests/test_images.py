@@ -3,7 +3,10 @@
 
 import base64
 import logging
+import os
+import resource
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -422,3 +425,28 @@ def test_an_image_processor_that_augmentation_cannot_follow(name: str) -> None:
     if "size" in REFUSED[name]:
         transform = build_train_transform(Augmentation(size=24), image_processor)
         assert transform(Image.new("RGB", (50, 40))).shape == (3, 24, 24)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(processor: TDDProcessor, tmp_path: Path) -> None:
+    """177 million pixels, of which Pillow only warns: they took 3 GB."""
+    image = Image.new("1", (13_300, 13_300))
+    image.save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = r"Unreadable image \d? ?\(.*\): 13300 x 13300 pixels are more than `PIL.Image.MAX_IMAGE_PIXELS`"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for source in (str(tmp_path / "bomb.png"), (tmp_path / "bomb.png").read_bytes(), image):
+            with pytest.raises(ValueError, match=message):
+                open_image(source, index=3)
+        with pytest.raises(ValueError, match=message):
+            processor(images=str(tmp_path / "bomb.png"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.png"
+    os.mkfifo(path)
+    for source in (path, str(path), {"bytes": None, "path": str(path)}):
+        with pytest.raises(ValueError, match=r"Unreadable image \(.*pipe.png\): There is no such file"):
+            open_image(source)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -429,3 +430,32 @@ def test_a_tokenizer_of_another_model_is_refused(
     make_captioner(vocab_size=len(WORDS), eos_token_id=3).save_pretrained(folder)
     with pytest.raises(ValueError, match="The tokenizer's `eos_token_id` is 2, and the model's is 3"):
         pipeline(task, model=folder)
+
+
+# ---- Bad images
+
+
+@pytest.mark.parametrize("kind", ["list", "data set", "generator", "workers"])
+@pytest.mark.parametrize("task", ["image-captioning", "image-text-to-text", "image-classification"])
+def test_the_bad_image_of_several_is_named(
+    folder: str, images: list[Image.Image], make_model: Callable, task: str, kind: str
+) -> None:
+    if task == "image-classification":
+        image_processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        pipe = pipeline(task, model=make_model(), image_processor=image_processor)
+    else:
+        pipe = pipeline(task, model=folder)
+    several = [images[0], images[1], b"no image", images[0]]
+    if kind == "workers":
+        run = partial(pipe, num_workers=1)
+    else:
+        run = pipe
+    if task == "image-text-to-text":  # which takes lists of both
+        rows = [{"images": image, "text": "a"} for image in several]
+        several, run = (several, partial(run, text="a")) if kind == "list" else (Pictures(rows), run)
+    elif kind == "data set":
+        several = Pictures(several)
+    elif kind == "generator":
+        several = (image for image in several)
+    with pytest.raises(ValueError, match=r"Unreadable image 2 \(in memory\)"):
+        list(run(several, batch_size=2))

@@ -2,6 +2,8 @@
 """Tests of the processor: prompts, captions, infilling, images, saving, and what it refuses."""
 
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +307,23 @@ def test_infilling_needs_a_mask_token() -> None:
     processor = TDDProcessor(ViTImageProcessor(), make_tokenizer(mask_token=None))
     with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
         processor(infill="a cat")
+
+
+# ---- Threads
+
+
+def test_threads_share_a_processor(processor: TDDProcessor) -> None:
+    """Padding and truncation of a fast tokenizer are switches on the one object that all threads have."""
+    texts = ["a", "a cat", "a cat on a sofa", "dog"]
+    calls = [{"text": [texts[i % 4], texts[i // 4]]} for i in range(16)] + [{"captions": texts[:2]}]
+    calls += [{"text": texts, "truncation": True, "max_length": n, "padding": "max_length"} for n in (1, 3)]
+    expected = [dict(processor(**call)) for call in calls]
+    assert expected[-1]["input_ids"][1:3] == [[IDS["a"], IDS["cat"], PAD], [IDS["a"], IDS["cat"], IDS["on"]]]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda index: (index, dict(processor(**calls[index]))), [*range(19)] * 50))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [index for index, result in results if result != expected[index]] == []

@@ -28,6 +28,7 @@ from modeling_tdd.publishing.model_card import eval_results, read_runs
 
 ROOT = Path(__file__).parent.parent
 PUBLISH = str(ROOT / "scripts/publish.py")
+CORE = sorted((ROOT / "modeling_tdd").glob("*_tdd.py"))
 
 # A user's Python that runs the scripts it is told to, one after another: importing Transformers takes seconds.
 CLIENT = """
@@ -220,7 +221,8 @@ def test_dry_run_writes_the_card_and_uploads_nothing(
     run_folder: Path, hub: HubServer, author: Client, tmp_path: Path
 ) -> None:
     repositories = dict(hub.repositories)
-    code, output = author.run(PUBLISH, run_folder, "--dry-run")
+    readme = ROOT / "scripts/data/emoji_mini/README.md"
+    code, output = author.run(PUBLISH, run_folder, "--dry-run", "--data-readme", readme)
     assert code == 0 and "nothing was uploaded" in output and hub.repositories == repositories
     assert (run_folder / "steps.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(run_folder / "README.md")
@@ -264,8 +266,56 @@ def test_card_of_a_classifier(
     del recipe["training"]["base_learning_rate"]
     recipe["training"]["learning_rate"] = 0.25
     (folder / "result.json").write_text(json.dumps(result))
+    (folder / "README.md").unlink()
     code, output = author.run(PUBLISH, folder, "--dry-run")
     assert code == 0 and "learning rate 0.25, weight" in ModelCard.load(folder / "README.md").text, output
+
+
+def test_a_card_written_by_hand_is_kept_and_published(run_folder: Path, hub: HubServer, author: Client) -> None:
+    card = run_folder / "README.md"
+    assert author.run(PUBLISH, run_folder, "--dry-run", "--repo-id", "user/by-hand")[0] == 0
+    assert "user/by-hand" in card.read_text()
+    by_hand = card.read_text() + "\nBy hand.\n"
+    card.write_text(by_hand)
+    code, output = author.run(PUBLISH, run_folder, "--dry-run")
+    assert code == 0 and f"The card is {card}, as it is." in output and card.read_text() == by_hand
+    assert author.run(PUBLISH, run_folder, "--repo-id", "user/by-hand")[0] == 0
+    repository = hub.repositories["user/by-hand"]
+    assert repository.blobs[repository.revisions[repository.main]["README.md"]].decode() == by_hand
+
+
+def test_what_is_published_names_no_path_no_password_and_not_the_datas_readme(
+    make_captioner: Callable[..., TDDForCaptioning],
+    run_folder: Path,
+    recipe: dict[str, Any],
+    hub: HubServer,
+    author: Client,
+    tmp_path: Path,
+) -> None:
+    model = make_captioner(vocab_size=len(WORDS))
+    model.config.vision_config._name_or_path = "/home/alice/secret/encoder"
+    model.save_pretrained(run_folder)
+    data = tmp_path / "alice/pictures"
+    data.mkdir(parents=True)
+    (data / "README.md").write_text("For our eyes only: secret.")
+    recipe["data"] |= {"path": "/home/alice/secret/loader", "data_dir": str(data)}
+    recipe["data"]["data_files"] = {
+        "train": "https://alice:secret@example.org:8080/a/train.parquet?token=secret#secret",
+        "more": "zip://*.jpg::https://alice:se@secret@example.org/more.zip?secret",
+        "windows": r"C:\Users\alice\secret\w.parquet",
+    }
+    recipe["encoder"], recipe["checkpoint"] = "~/alice/encoder", "/alice"
+    for seed in range(3):
+        write_result(run_folder.with_name(f"tdd-seed{seed}"), "tdd", seed, 0.5, recipe)
+    code, output = author.run(PUBLISH, run_folder, "--repo-id", "user/discreet", "--runs", run_folder)
+    assert code == 0, output
+    repository = hub.repositories["user/discreet"]
+    files = {name: repository.blobs[digest] for name, digest in repository.revisions[repository.main].items()}
+    assert "config.json" in files and b"example.org:8080/a/train.parquet" in files["README.md"]
+    assert b"example.org/more.zip" in files["README.md"] and b"w.parquet" in files["README.md"]
+    for name, content in files.items():
+        assert not any(word in content for word in (b"secret", b"home/", str(tmp_path).encode())), name
+    assert b"/alice" not in files["README.md"] and b"alice" not in files["config.json"]
 
 
 SHIPPED = ("digits", "emoji_captions")
@@ -314,13 +364,15 @@ def assert_same_captions(pulled: dict[str, torch.Tensor], folder: Path, image_fi
 def test_published_checkpoint_gives_the_same_captions_and_a_failed_upload_leaves_it(
     run_folder: Path, image_file: Path, hub: HubServer, author: Client, stranger: Client
 ) -> None:
+    for name in (".env", "training_args.bin", "notes.txt", "other_tdd.py"):  # what lies there stays there
+        (run_folder / name).write_text("TOKEN=hf_secret")
     arguments = (PUBLISH, run_folder, "--repo-id", "user/captioner")
     code, output = author.run(*arguments)
     assert code == 0, output
     repository = hub.repositories["user/captioner"]
     published = repository.main
     assert len(repository.revisions) == 2  # the empty one, and all files in one commit
-    assert repository.revisions[published].keys() == {path.name for path in run_folder.glob("*.py")} | {
+    assert repository.revisions[published].keys() == {path.name for path in CORE} | {
         "README.md",
         "config.json",
         "generation_config.json",

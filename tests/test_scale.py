@@ -168,13 +168,13 @@ def kill_and_resume(folder: Path, attempt: int, unbroken: Path) -> None:
     place = random.Random(attempt).randrange(DEVICE_BATCHES)
     num_workers = attempt % 2
     assert train(folder, events={str(place): "SIGKILL"}, dataloader_num_workers=num_workers) == -9, output(folder)
-    # As if killed while it wrote a checkpoint
+    # As another program leaves a checkpoint that it was killed at
     partial = folder / "checkpoint-19"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
-    os.utime(partial, (0, 0))  # Trainer removes the oldest by time, but by number if all are of the same second
     assert train(folder, dataloader_num_workers=num_workers) == 0, output(folder)
-    assert f"{partial} is incomplete and is skipped." in output(folder)
+    assert f"{partial} is damaged: it has no checksums.json that could be read; " in output(folder)
+    assert (folder / "damaged-checkpoint-19/model.safetensors").read_bytes() == b"half"
     assert_same_weights(folder, unbroken)
     assert checkpoints(folder) == checkpoints(unbroken)
     assert [line["step"] for line in log(folder)] == [line["step"] for line in log(unbroken)]

@@ -59,13 +59,17 @@ def places_and_default(name: str) -> tuple[str, str]:
     in_config = name in own | {"num_labels", "id2label", "problem_type", "dtype"}
     in_generation = name in TDDGenerationConfig._DEFAULTS
     in_call = in_generation or name in arguments(
-        TDDModel.forward, TDDForImageClassification.forward, TDDForCaptioning.forward, TDDForCaptioning.generate
+        TDDModel.forward,
+        TDDForImageClassification.forward,
+        TDDForCaptioning.forward,
+        TDDForCaptioning.generate,
+        TDDForCaptioning.score,
     )
     places = {"config": in_config, "generation config": in_generation, "call": in_call, "pipeline": in_generation}
     if in_generation:
         default = TDDGenerationConfig._DEFAULTS[name]
     else:
-        default = 2 if name == "num_labels" else getattr(TDDConfig, name, None)
+        default = {"num_labels": 2, "num_draws": 16, "max_rows": 256}.get(name, getattr(TDDConfig, name, None))
     return ", ".join(place for place, is_one in places.items() if is_one), f"`{default!r}`"
 
 

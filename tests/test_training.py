@@ -26,8 +26,9 @@ from modeling_tdd import TDDConfig, TDDForImageClassification
 from modeling_tdd.training.arguments import TDDTrainingArguments
 from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.batches import Augmentation, build_mixup, build_train_transform
+from modeling_tdd.training.folders import write_json
 from modeling_tdd.training.recipe import Recipe, load_recipe
-from modeling_tdd.training.results import check_same_run, save_checkpoint, write_json
+from modeling_tdd.training.results import check_same_run, save_checkpoint
 from modeling_tdd.training.tasks import methods_of
 from modeling_tdd.training.trainer import TDDTrainer
 
@@ -153,6 +154,16 @@ def test_overrides_change_nested_values():
         ("data.path.x=1", "`data.path.x` cannot be set: `path` is no section, but 'digits'"),
         ("lora=5", "`lora` must be a mapping of names to values, got 5"),
         ("checkpoint=[a]", r"`recipe.checkpoint` must be str \| None, got \['a'\]"),
+        ("training.seed=1", "Unknown keys in `training`: seed"),  # it would take the place of all of `--seeds`
+        ("training.output_dir=x", "Unknown keys in `training`: output_dir"),
+        ("evaluation.num_inference_steps=[0]", "`evaluation.num_inference_steps` must be an integer .*, got 0"),
+        ("evaluation.num_inference_steps=[]", "`evaluation` needs at least one of `num_inference_steps`"),
+        ("evaluation.guidance_scale=[0.5]", "`evaluation.guidance_scale` must be a number .*, got 0.5"),
+        ("augmentation.hflip=3", r"`augmentation.hflip` must be a number in \[0, 1\], got 3"),
+        ("augmentation.mixup_alpha=-1", "`augmentation.mixup_alpha` must be a number .*, got -1"),
+        ("augmentation.size=-1", "`augmentation.size` must be an integer .*, got -1"),
+        ("augmentation.scale=[-1, 1]", "`augmentation.scale` must be a number .*, got -1"),
+        ("data.num_proc=0", "`data.num_proc` must be an integer of at least 1, got 0"),
         ("training.seed=[", r"training.seed=\[ is not valid YAML"),
         ("trainer.epochs=5", "Unknown keys in `recipe`: trainer"),
         ("tokenizer.kind=bpe", "Unknown keys in `recipe`: tokenizer"),  # a classifier has none
@@ -315,6 +326,13 @@ def test_batch_size_is_reached_by_accumulation(arguments: Callable, capsys: pyte
         ({"learning_rate": float("nan")}, "`learning_rate` must be at least 0, got nan"),
         ({"adam_beta2": 1.5}, r"`adam_beta2` must be in \[0, 1\), got 1.5"),
         ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be above 0, got 0"),
+        ({"save_steps": -3}, "`save_steps` must be at least 0, got -3"),
+        ({"eval_steps": -3}, "`eval_steps` must be above 0, got -3"),
+        ({"save_total_limit": 0}, "`save_total_limit` must be above 0, got 0"),
+        ({"max_steps": -5}, "`max_steps` must be above 0, got -5"),
+        ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be at least 0, got -1"),
+        ({"push_to_hub": True}, "training uploads nothing. `scripts/publish.py` .* do, with the token of"),
+        ({"hub_token": "hf_x"}, "`hub_token` must not be given"),  # it stood in every training_args.bin
         ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` must be 'random'"),
         ({"dataloader_drop_last": True}, "`dataloader_drop_last` must be `False`"),
     ],

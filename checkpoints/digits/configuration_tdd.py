@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """TDD model configuration."""
 
+import re
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
-from .settings_tdd import SETTINGS, check, check_names, integer, read_object
+from .settings_tdd import SETTINGS, check, check_names, integer, read_object, refuse_locations
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,41 @@ ENCODER_SIZES = (
 def check_steps(num_timesteps: int, num_inference_steps: int) -> int:
     """The number of denoising steps, of which there are at most T."""
     return check("num_inference_steps", num_inference_steps, integer(1, num_timesteps))
+
+
+# Names of an encoder's numbers of layers, also in timm's arguments
+LAYERS = re.compile(r"(^|_)(layers|depths?|blocks|stages)$")
+MAX_LAYERS, MAX_IMAGE_SIZE, MAX_PATCHES = 1000, 2**13, 2**16
+
+
+def check_encoder_sizes(name: str, values: dict[str, Any]) -> None:
+    """Raises a `ValueError` for an encoder that would be built for minutes, whatever its other sizes are: with more
+    layers or larger images than any in use, or with more than 256 x 256 patches."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_encoder_sizes(f"{name}.{key}", value)
+        elif LAYERS.search(str(key)) and (number := sum(_numbers(value))) > MAX_LAYERS:
+            raise ValueError(f"`{name}.{key}` must have at most {MAX_LAYERS} layers, got {number}.")
+    image = max((n for key in ("image_size", "img_size") for n in _numbers(values.get(key))), default=0)
+    if image > MAX_IMAGE_SIZE:
+        raise ValueError(f"`{name}` must have images of at most {MAX_IMAGE_SIZE} pixels a side, got {image}.")
+    patch = min(_numbers(values.get("patch_size")), default=image or 1)
+    if (image / max(patch, 1)) ** 2 > MAX_PATCHES:
+        raise ValueError(f"`{name}` must have at most {MAX_PATCHES} patches, got images of {image} by {patch} pixels.")
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _without_origin(value: Any) -> Any:
+    """An encoder's configuration without where it came from, which may be a folder of its author's machine."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_origin(item) for name, item in value.items() if name != "_name_or_path"}
 
 
 class TDDConfig(PreTrainedConfig):
@@ -259,6 +295,7 @@ class TDDConfig(PreTrainedConfig):
         check_names(kwargs, self._known_names(), "`TDDConfig`")
         if kwargs.get("num_labels") is not None:
             check("num_labels", kwargs["num_labels"])
+        refuse_locations("vision_config", self.vision_config)  # before its class sees it, which may look at the Hub
         if isinstance(self.vision_config, dict):
             try:
                 self.vision_config, _ = self.sub_configs_defaults["vision_config"].create_subconfig(
@@ -285,9 +322,11 @@ class TDDConfig(PreTrainedConfig):
             raise ValueError(f"`{name}` is refused: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without the attributes that a tool has set and that could not be loaded again."""
+        """As in Transformers, without the attributes that a tool has set and that could not be loaded again, and
+        without the name of the encoder's folder."""
         known = set(self._known_names())
-        return {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+        values = {name: value for name, value in super().to_dict().items() if name in known or name.startswith("_")}
+        return {**values, "vision_config": _without_origin(values["vision_config"])}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers. What [`~TDDConfig.to_dict`] leaves out is named in a warning."""
@@ -304,6 +343,13 @@ class TDDConfig(PreTrainedConfig):
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         return read_object(super()._dict_from_json_file, json_file)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TDDConfig":
+        """As in Transformers. What a file says may not name a repository with code."""
+        for name in ("attn_implementation", "experts_implementation"):
+            refuse_locations(name, config_dict.get(name))
+        return super().from_dict(config_dict, **kwargs)
 
     def _task_defaults(self) -> dict[str, Any]:
         """What `None` stands for, by task and method."""
@@ -365,6 +411,7 @@ class TDDConfig(PreTrainedConfig):
             for side in size if isinstance(size, (list, tuple)) else (size,):
                 if isinstance(side, (int, float)):
                     check(f"vision_config.{name}", side, integer(1, 2**20))
+        check_encoder_sizes("vision_config", self.vision_config.to_dict())
 
     def _validate_diffusion(self) -> None:
         if self.corruption != "mask" and self.num_categories < 2:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .settings_tdd import refuse_locations
+
 
 PROBE_BATCH_SIZE = 2
 # Sides of square images to try with an encoder whose configuration names none
@@ -147,7 +149,7 @@ def build_encoder(vision_config: PreTrainedConfig, pooling: str | None) -> tuple
         `ValueError`: if the configuration is not that of a vision model of one tower, if the encoder cannot read
             images of shape (batch_size, num_channels, height, width) or returns neither tokens nor a map, if it draws
             random numbers in eval mode (a masked autoencoder), or if `pooling="cls"` and it has no special token in
-            front of its patch tokens.
+            front of its patch tokens. Also if it names a file, a URL or a repository.
     """
     probe = measure_encoder(vision_config)
     if pooling == "cls" and probe.layout.num_leading_tokens == 0:
@@ -200,6 +202,7 @@ def measure_encoder(vision_config: PreTrainedConfig) -> EncoderProbe:
 
 
 def _measure(vision_config: PreTrainedConfig) -> EncoderProbe:
+    refuse_locations("vision_config", vision_config)
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(f"`AutoModel` has no model for `vision_config`, which is a {type(vision_config).__name__}.")
     try:

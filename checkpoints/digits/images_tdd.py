@@ -25,8 +25,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     A PIL image of any mode in RGB: turned as its EXIF data say, and on a white background where it is transparent.
     Grey values of 16 bits, integers and floats are scaled as those of an array in [`open_image`]. Of an animation it
-    is the current frame, which in a file just opened is the first.
+    is the current frame, which in a file just opened is the first. Raises a `ValueError` as [`check_size`] does.
     """
+    check_size(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values, transparent = np.asarray(image), image.info.get("transparency")
@@ -37,6 +38,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises a `ValueError` for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`: a small file of one colour
+    would take gigabytes. Pillow itself warns, and refuses twice as many."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than `PIL.Image.MAX_IMAGE_PIXELS`, {limit}.")
 
 
 def open_image(
@@ -61,7 +70,7 @@ def open_image(
         `TypeError`: for any other object.
         `ValueError`: for an image that cannot be read, an array of another shape, or values that are not finite.
     """
-    check_image(image)
+    check_image(image, index)
     if isinstance(image, dict):
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     try:
@@ -83,11 +92,12 @@ def is_image(image: Any) -> bool:
     return isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor))
 
 
-def check_image(image: Any) -> None:
-    """Raises a `TypeError` for what [`open_image`] does not take."""
+def check_image(image: Any, index: int | None = None) -> None:
+    """Raises a `TypeError` for what [`open_image`] does not take. `index` is the image's number, for the error."""
     if not is_image(image):
         given = f"a dictionary of {', '.join(map(repr, image))}" if isinstance(image, dict) else type(image).__name__
-        raise TypeError(f"An image must be {KINDS}, got {given}.")
+        name = "An image" if index is None else f"Image {index}"
+        raise TypeError(f"{name} must be {KINDS}, got {given}.")
 
 
 def list_images(images: Any) -> list[Any]:
@@ -112,6 +122,8 @@ def _find(image: str | os.PathLike | bytes, timeout: float | None) -> str | os.P
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if isinstance(image, os.PathLike) or os.path.isfile(image):
+        if not os.path.isfile(image):  # a pipe would be waited for
+            raise ValueError("There is no such file.")
         return image
     if image.startswith(("http://", "https://")):
         with urlopen(Request(image, headers={"User-Agent": "modeling_tdd"}), timeout=timeout) as response:
@@ -163,4 +175,4 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return np.rint(((array.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
 
 
-__all__ = ["open_image", "to_rgb"]
+__all__ = ["check_size", "open_image", "to_rgb"]

@@ -5,6 +5,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -260,6 +261,37 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str, cutoff: f
                 raise ValueError(f"{what} has no `{name}`.{hint}")
 
 
+# Names of arguments by which libraries load something, and what texts hold that say where (`C:`, `hf-hub:`, `a/b`)
+_LOADS = re.compile(
+    r"(^|(?<!drop)_)(path|file|filename|dir|folder|url|repo|repo_id|checkpoint)$|^pretrained(?!_window)|^backbone$"
+)
+_WHERE = re.compile(r"[/\\:~]")
+# Texts that nothing is loaded by: names of labels, and where an encoder came from
+_NOTES = ("_name_or_path", "id2label", "label2id", "label_names", "auto_map", "pretrained_cfg")
+
+
+def refuse_locations(name: str, value: Any) -> None:
+    """Raises a `ValueError` if a part of a configuration names a file, a URL or a repository, from which a library
+    might load weights or run code. A model's weights are in its own checkpoint."""
+    if isinstance(value, PreTrainedConfig):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in _NOTES and "model_args" not in name:
+                continue
+            is_timms = key == "backbone" and value.get("model_type") == "timm_backbone"  # the name of a network
+            if item and _LOADS.search(str(key)) and not is_timms:
+                raise ValueError(
+                    f"`{name}.{key}` must not be given, since it names what to load, got {shorten(item)}."
+                )
+            refuse_locations(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_locations(name, item)
+    elif isinstance(value, str) and _WHERE.search(value):
+        raise ValueError(f"`{name}` must name no file, URL or repository, got {shorten(value)}.")
+
+
 def refuse_given(reason: str, **values: Any) -> None:
     """Raises a `ValueError` for what is given, neither `None` nor `False`, where it would have no effect."""
     given = [f"`{name}`" for name, value in values.items() if value is not None and value is not False]
@@ -302,7 +334,7 @@ def read_object(read: Callable[[Any], Any], file: Any) -> dict[str, Any]:
     """
     try:
         content = read(file)
-    except ValueError as error:  # also of text that is no UTF-8
+    except (ValueError, RecursionError) as error:  # also of text that is no UTF-8
         raise ValueError(f"`{file}` is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"`{file}` must hold a JSON object, got {shorten(content)}.")
@@ -321,6 +353,7 @@ __all__ = [
     "integer",
     "read_object",
     "refuse_given",
+    "refuse_locations",
     "shorten",
     "suggest",
 ]

@@ -2,12 +2,13 @@
 """Transformers' pipelines for models of TDD, which open images as training does, and the image-to-text pipeline, which
 Transformers 5 dropped."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -35,11 +36,28 @@ CUSTOM_PIPELINES = {
 GENERATION_NAMES = set(TDDGenerationConfig._DEFAULTS) - {"return_dict_in_generate", "output_trajectory"}
 
 
+class Numbered(NamedTuple):
+    """One of several inputs, with its number for errors."""
+
+    index: int
+    content: Any
+
+
+def number(inputs: Any) -> Any:
+    """Several inputs of a pipeline as [`Numbered`]: with a length if they have one."""
+    is_table = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+    return _Numbers(inputs) if is_table else itertools.starmap(Numbered, enumerate(inputs))
+
+
 class TDDImageClassificationPipeline(ImageClassificationPipeline):
     """Transformers' own with the images of [`~images_tdd.open_image`]: that one has transparency on black."""
 
+    def get_iterator(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().get_iterator(number(inputs), *args, **kwargs)
+
     def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
-        return super().preprocess(open_image(image, timeout))
+        index, image = image if isinstance(image, Numbered) else (None, image)
+        return super().preprocess(open_image(image, timeout, index=index))
 
 
 class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
@@ -79,7 +97,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs or None, **kwargs)
 
     def get_iterator(self, inputs: Any, num_workers: int, batch_size: int, *params: dict[str, Any]) -> Any:
-        iterator = super().get_iterator(inputs, num_workers, batch_size, *params)
+        iterator = super().get_iterator(number(inputs), num_workers, batch_size, *params)
         if batch_size > 1:
             iterator.loader.loader.collate_fn = _Collate(
                 self.tokenizer, self.feature_extractor or self.image_processor
@@ -93,10 +111,14 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         Path(save_directory, "preprocessor_config.json").unlink(missing_ok=True)  # it is in processor_config.json
 
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
+        index, inputs = inputs if isinstance(inputs, Numbered) else (None, inputs)
         if isinstance(inputs, dict) or is_image(inputs):  # and not a chat
             row = _to_row(inputs, "")
             text = row["text"].strip() if isinstance(row["text"], str) else row["text"]
-            inputs = {"images": [open_image(image, timeout) for image in list_images(row["images"])], "text": text}
+            images = list_images(row["images"])
+            indices = [index] if len(images) == 1 else range(len(images))
+            images = [open_image(image, timeout, index=place) for image, place in zip(images, indices)]
+            inputs = {"images": images, "text": text}
         return super().preprocess(inputs, timeout=timeout, **kwargs)
 
 
@@ -146,7 +168,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             texts = [text] * len(images) if isinstance(text, str) else text
             if len(texts) != len(images):
                 raise ValueError(f"There are {len(images)} images and {len(texts)} of `text`.")
-            rows = [_to_row(image, text) for image, text in zip(images, texts)]
+            rows = [_to_row(image, text, index) for index, (image, text) in enumerate(zip(images, texts))]
             return run(rows, **kwargs) if rows else []
         if not isinstance(text, str):
             raise ValueError("`text` must be one string, unless the images are a list.")
@@ -172,14 +194,14 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
         ]
 
 
-def _to_row(image: Any, text: str) -> dict[str, Any]:
+def _to_row(image: Any, text: str, index: int | None = None) -> dict[str, Any]:
     """An image or a row as the input of Transformers' pipeline."""
     if isinstance(image, dict) and "images" in image:
         text, image = image.get("text", text), image["images"]
         list_images(image)  # refuses what is none
     else:
         image = image["image"] if isinstance(image, dict) and "image" in image else image
-        check_image(image)
+        check_image(image, index)
     return {"images": image, "text": text}
 
 
@@ -194,6 +216,19 @@ class _Collate:
         return pad_collate_fn(self.tokenizer, self.feature_extractor)(items)
 
 
+class _Numbers(Dataset):
+    """Several inputs of a pipeline, each with its number."""
+
+    def __init__(self, inputs: Any):
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Numbered:
+        return Numbered(index, self.inputs[index])
+
+
 class _Rows(Dataset):
     """A data set with a length. Unlike a generator, data workers can read it."""
 
@@ -204,7 +239,7 @@ class _Rows(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _to_row(self.images[index], self.text)
+        return _to_row(self.images[index], self.text, index)
 
 
 class _Stream(IterableDataset):
@@ -214,7 +249,7 @@ class _Stream(IterableDataset):
         self.images, self.text = images, text
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (_to_row(image, self.text) for image in self.images)
+        return (_to_row(image, self.text, index) for index, image in enumerate(self.images))
 
 
 def prefer_for_tdd(ours: type[Pipeline]) -> type[Pipeline]:

@@ -19,6 +19,7 @@ from .settings_tdd import suggest
 logger = logging.get_logger(__name__)
 
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")  # arguments of a tokenizer
 
 
 def saveable_image_processor(image_processor: Any) -> Any:
@@ -219,12 +220,20 @@ class TDDProcessor(ProcessorMixin):
 
     def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
         prompts = [self._check_words(prompt) for prompt in prompts]
-        encoded = self.tokenizer(prompts, **text_kwargs)
+        # Padding and truncation of a fast tokenizer are switches on the one object, which threads may share
+        layout = {name: text_kwargs.pop(name) for name in PADDING if name in text_kwargs}
+        is_truncated = text_kwargs.pop("truncation", None) not in (None, False, "do_not_truncate")
+        encoded = self.tokenizer(prompts, verbose=False, **text_kwargs)
         if not any(prompts):
             # Transformers' pipelines collate `input_ids`: a column of padding that nothing attends to.
             columns = {"input_ids": [[self.tokenizer.pad_token_id]], "attention_mask": [[0]]}
             return {name: column * len(prompts) for name, column in columns.items()}
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        rows = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if is_truncated:
+            length = layout.get("max_length") or self.tokenizer.model_max_length
+            kept = slice(-length, None) if self.tokenizer.truncation_side == "left" else slice(length)
+            rows = {name: [row[kept] for row in values] for name, values in rows.items()}
+        return dict(self.tokenizer.pad(rows, verbose=False, **layout))
 
     def _encode_captions(self, captions: list[str]) -> list[list[int]]:
         rows = self._encode(captions)

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Makes the model card of a run: data, recipe, scores over seeds with their plot, limits and citation."""
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -36,6 +37,9 @@ CITATION = """```bibtex
 }
 ```"""
 
+# "https://user:password@host/file?token=x", also within another text, such as "zip://a.jpg::https://..."
+URL = re.compile(r"(?P<scheme>\w+://)(?:[^/\s]*@)?(?P<place>[^\s?#:]*(?::\d+[^\s?#:]*)?)(?:[?#][^\s:]*)?")
+
 Result = dict[str, Any]
 
 
@@ -65,7 +69,12 @@ def read_runs(folder: Path, others: list[Path] | None = None) -> list[Result]:
 
 
 def make_card(
-    results: list[Result], config: dict[str, Any], num_parameters: int, repo_id: str, num_steps: int
+    results: list[Result],
+    config: dict[str, Any],
+    num_parameters: int,
+    repo_id: str,
+    num_steps: int,
+    data_readme: str | None = None,
 ) -> ModelCard:
     r"""
     Makes the model card of a run.
@@ -76,6 +85,7 @@ def make_card(
         num_parameters (`int`): Number of the model's parameters.
         repo_id (`str`): The model's name on the Hub, or its folder.
         num_steps (`int`): Number of denoising steps that the model takes by default.
+        data_readme (`str`, *optional*): A text about the data in Markdown, such as their licence.
 
     Returns:
         `ModelCard`: the card.
@@ -84,7 +94,7 @@ def make_card(
     task = TASKS[config["architectures"][0]]
     name = f"{recipe['name']}-{own['method']}"
     seeds = sorted({result["seed"] for result in results if result["method"] == own["method"]})
-    data_name, data_text, data_readme = describe_data(recipe["data"], splits_of([own]))
+    data_name, data_text = describe_data(recipe["data"], splits_of([own]))
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     return ModelCard.from_template(
         ModelCardData(
@@ -105,9 +115,9 @@ def make_card(
         summary=_summary(config, task, num_parameters),
         call='pipe("image.png")' if task == "image-classification" else 'pipe("image.png", text="")',
         data=data_text,
-        data_readme=data_readme,
+        data_readme=None if data_readme is None else _as_section(data_readme),
         training=_training(recipe, own["seed"]),
-        recipe=yaml.safe_dump(without_machine_paths(recipe), sort_keys=False, allow_unicode=True).strip(),
+        recipe=yaml.safe_dump(without_secrets(recipe), sort_keys=False, allow_unicode=True).strip(),
         seeds=f"Scores in %, {spread}.",
         glossary=GLOSSARY[task],
         tables=score_tables(results),
@@ -139,33 +149,44 @@ def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> l
     return chosen
 
 
-def describe_data(data: dict[str, Any], splits: list[str]) -> tuple[str, str, str | None]:
-    """The name of the data set, a sentence about it, and the README.md beside its files, if there is one. `splits` are
-    those that the run was scored on."""
+def describe_data(data: dict[str, Any], splits: list[str]) -> tuple[str, str]:
+    """The name of the data set, and a sentence about it. `splits` are those that the run was scored on."""
     usage = f"Trained on `{data['train_split']}`, scored on {', '.join(f'`{split}`' for split in splits)}."
     if data["path"] == "digits":
-        return "digits", f"scikit-learn's 8x8 handwritten digits (`load_digits`). {usage}", None
-    local = data.get("data_dir") or next(iter((data.get("data_files") or {}).values()), None)
-    if local is None:
-        return data["path"], f"[{data['path']}](https://huggingface.co/datasets/{data['path']}). {usage}", None
-    folder = Path(local) if data.get("data_dir") else Path(local).parent
-    readme = folder / "README.md"
-    text = None
-    if readme.exists():  # without the title, and with headings of a lower level than the card's
-        lines = [line for line in readme.read_text().splitlines() if not line.startswith("# ")]
-        text = "\n".join(f"##{line}" if line.startswith("#") else line for line in lines).strip()
-    return folder.name, f"`{folder.name}`, read by `datasets` as {data['path']}. {usage}", text
+        return "digits", f"scikit-learn's 8x8 handwritten digits (`load_digits`). {usage}"
+    folder = data.get("data_dir")
+    if file := next(iter((data.get("data_files") or {}).values()), None):
+        folder = folder or without_secrets(file).rpartition("/")[0] or Path(file).parent.as_posix()
+    elif without_secrets(data["path"]) != data["path"] or Path(data["path"]).exists():
+        folder = folder or data["path"]
+    if folder is None:
+        return data["path"], f"[{data['path']}](https://huggingface.co/datasets/{data['path']}). {usage}"
+    name = without_secrets(folder).rstrip("/").rpartition("/")[2]
+    return name, f"`{name}`, read by `datasets` as {without_secrets(data['path'])}. {usage}"
 
 
-def without_machine_paths(value: Any) -> Any:
-    """A recipe with only the last two parts of each absolute path, so that the author's folders are not published."""
+def _as_section(text: str) -> str:
+    """A text without its title, and with headings of a lower level than the card's."""
+    lines = [line for line in text.splitlines() if not line.startswith("# ")]
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines).strip()
+
+
+def without_secrets(value: Any) -> Any:
+    """A recipe for others to read: of a path that starts at a root or a home only the last part, and of a URL neither
+    user, password nor query."""
     if isinstance(value, dict):
-        return {key: without_machine_paths(item) for key, item in value.items()}
+        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_machine_paths(item) for item in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        return "/".join(Path(value).parts[-2:])
-    return value
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = URL.sub(lambda url: f"{url['scheme']}{url['place']}", value)
+    return "::".join(part if "://" in part else _last_part(part) for part in value.split("::"))
+
+
+def _last_part(path: str) -> str:
+    is_absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return PureWindowsPath(path).name if is_absolute or path.startswith(("~", "..")) else path
 
 
 def _summary(config: dict[str, Any], task: str, num_parameters: int) -> str:
@@ -198,10 +219,10 @@ def _training(recipe: dict[str, Any], seed: int) -> str:
     rate = training.get("learning_rate") or training["base_learning_rate"] * training["batch_size"] / 256
     start = "from scratch"
     if recipe.get("checkpoint") is not None:
-        start = f"from the checkpoint `{without_machine_paths(recipe['checkpoint'])}`"
+        start = f"from the checkpoint `{without_secrets(recipe['checkpoint'])}`"
     elif recipe.get("encoder") is not None:
         frozen = " frozen" if recipe["model"].get("freeze_encoder") else ""
-        start = f"from the{frozen} encoder `{without_machine_paths(recipe['encoder'])}`"
+        start = f"from the{frozen} encoder `{without_secrets(recipe['encoder'])}`"
     # A recipe leaves out what has the default of `TDDTrainingArguments`.
     return (
         f"{training.get('num_train_epochs', 3)} epochs of AdamW {start}: batch size {training['batch_size']}, "

@@ -16,6 +16,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Of the output folder Trainer uploads whatever lies there, and writes its arguments with the token into checkpoints
+NO_UPLOADS = (
+    "`push_to_hub` and `hub_token` must not be given: training uploads nothing. `scripts/publish.py` and the model's "
+    "own `push_to_hub` do, with the token of `hf auth login` or of the environment."
+)
+
 
 @dataclass
 class TDDTrainingArguments(TrainingArguments):
@@ -76,11 +82,13 @@ class TDDTrainingArguments(TrainingArguments):
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "max_skipped_steps", "seed"):
+        names = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "max_skipped_steps", "seed")
+        for name in (*names, "logging_steps", "save_steps", "dataloader_num_workers"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         names = ("batch_size", "device_batch_size", "cpu_threads", "num_train_epochs", "base_learning_rate")
-        for name in (*names, "per_device_train_batch_size", "per_device_eval_batch_size"):
+        names += ("eval_steps", "save_total_limit", "per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*names, *(["max_steps"] if self.max_steps != -1 else [])):  # -1: as many as the epochs have
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
@@ -89,6 +97,8 @@ class TDDTrainingArguments(TrainingArguments):
             raise ValueError("`train_sampling_strategy` must be 'random', and `dataloader_drop_last` must be `False`.")
         if self.batch_size is None and (self.device_batch_size or self.base_learning_rate):
             raise ValueError("`device_batch_size` and `base_learning_rate` need `batch_size`.")
+        if self.push_to_hub or self.hub_token is not None:
+            raise ValueError(NO_UPLOADS)
         if self.label_smoothing_factor > 0:
             raise ValueError("Set the model's `label_smoothing`: that of Trainer would replace the diffusion loss.")
 

@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor
 
 from ..images_tdd import to_rgb
 from ..processing_tdd import TDDProcessor
+from ..settings_tdd import check, integer, number
 
 
 Example = dict[str, Any]  # a PIL `image` or `image_features`, and a `label` or `captions`
@@ -82,6 +83,18 @@ class Augmentation:
     prob: float = 1.0
     switch_prob: float = 0.5
     mode: str = "batch"
+
+    def __post_init__(self):
+        for name in ("hflip", "re_prob", "prob", "switch_prob"):
+            check(f"augmentation.{name}", getattr(self, name), number(0, 1))
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            check(f"augmentation.{name}", getattr(self, name), number(0, 1000))
+        for name, low in (("size", 1), ("re_count", 1)):
+            if getattr(self, name) is not None:
+                check(f"augmentation.{name}", getattr(self, name), integer(low, 2**16))
+        for name in ("scale", "ratio"):
+            for value in getattr(self, name):
+                check(f"augmentation.{name}", value, number(0, 100, above=True))
 
 
 MIXUP_FIELDS = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")

@@ -1,14 +1,12 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """What [`TDDTrainer`] adds to Transformers' training loop."""
 
-import json
 import os
 import resource
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,10 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Args
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import logging
 
 from .batches import MODEL, seed_for
-
-
-logger = logging.get_logger(__name__)
+from .checkpoints import describe_last_checkpoint
 
 
 class SeedCallback(TrainerCallback):
@@ -152,22 +145,6 @@ class ShortProgressCallback(ProgressCallback):
     def on_log(self, args: Args, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
         logs = {name: value for name, value in logs.items() if not name.startswith("loss_by_timestep")}
         super().on_log(args, state, control, logs=logs, **kwargs)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The latest checkpoint that `Trainer` finished writing. Transformers' `get_last_checkpoint` may name another."""
-    for folder in reversed(sort_checkpoints(str(output_dir))):
-        try:
-            json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())  # `Trainer` writes this file last
-            return folder
-        except (OSError, json.JSONDecodeError):
-            logger.warning(f"{folder} is incomplete and is skipped.")
-    return None
-
-
-def describe_last_checkpoint(output_dir: str | Path) -> str:
-    last = last_complete_checkpoint(output_dir)
-    return f"The last good checkpoint is {last}." if last else "There is no earlier checkpoint."
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +20,15 @@ from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..images_tdd import check_size
+from ..settings_tdd import check, integer
 from .batches import Example
 from .streaming import MAX_NAMED, ImageStream, ReadExample, Row
 
 
 logger = logging.get_logger(__name__)
 Rows = TypeVar("Rows", Dataset, datasets.IterableDataset)
+PLAIN_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an undecoded `Image`
 NUM_SAMPLED_CAPTIONS = 100_000  # number of streamed examples whose captions are read to train a tokenizer on
 
 
@@ -43,10 +47,24 @@ class ImageData:
     streaming: bool = False  # whether the training split is read shard by shard during training
     num_examples: int | None = None  # of the training split, for streaming and `scripts/estimate.py`
 
+    @property
+    def roots(self) -> list[str] | None:
+        """`list[str]`, *optional*: the folders in which an image must lie that the data name by its path. `None`: any,
+        for data of the Hub, and for image folders, which name no paths themselves."""
+        if self.path == "coco":
+            return [str(folder.resolve()) for folder in Path(self.data_dir or "").iterdir() if folder.is_dir()]
+        given = [self.data_dir] if self.data_dir else [str(Path(f).parent) for f in (self.data_files or {}).values()]
+        given = given or [folder for folder in [self.path] if Path(folder).is_dir()]
+        is_local = self.path != "imagefolder" and not any("://" in place for place in given)
+        return [str(Path(place).resolve()) for place in given] if given and is_local else None
+
     def __post_init__(self):
         if self.streaming and (self.path in ("digits", "imagefolder", "coco") or self.num_examples is None):
             needed = "parquet, webdataset or a data set of the Hub, and `data.num_examples`"
             raise ValueError(f"`data.streaming` needs {needed}, got {self.path!r} and {self.num_examples}.")
+        for name in ("num_proc", "num_examples"):
+            if getattr(self, name) is not None:
+                check(f"data.{name}", getattr(self, name), integer(1))
         if self.eval_share and (self.streaming or self.train_split == "validation" or not 0 < self.eval_share < 1):
             needed = "0, or in (0, 1) without `data.streaming` and `data.train_split=validation`"
             raise ValueError(f"`data.eval_share` must be {needed}, got {self.eval_share}.")
@@ -76,7 +94,7 @@ def load_labels(data: LabelData) -> tuple[dict[str, Dataset | ImageStream], list
     splits, builder = _open_splits(data, data.label_column, "label")
     values, names = _find_labels(data, splits)
     codes = {value: index for index, value in enumerate(values)}
-    return _read_splits(data, splits, builder, partial(read_labelled, codes=codes)), names
+    return _read_splits(data, splits, builder, partial(read_labelled, codes=codes, roots=data.roots)), names
 
 
 def _find_labels(data: LabelData, splits: dict[str, Rows]) -> tuple[list[Any], list[str]]:
@@ -124,7 +142,8 @@ def load_captions(data: CaptionData) -> dict[str, Dataset | ImageStream]:
         if isinstance(rows, Dataset):  # as bytes: a table with a string that is not UTF-8 could not be read at all
             kind = List(Value("binary")) if hasattr(feature, "feature") else Value("binary")
             splits[split] = rows.cast_column("captions", kind)
-    return _read_splits(data, splits, builder, partial(read_captioned, lower_case=data.lower_case))
+    read = partial(read_captioned, lower_case=data.lower_case, roots=data.roots)
+    return _read_splits(data, splits, builder, read)
 
 
 def caption_texts(rows: Dataset | ImageStream) -> list[str]:
@@ -132,7 +151,8 @@ def caption_texts(rows: Dataset | ImageStream) -> list[str]:
     if isinstance(rows, Dataset):
         return [caption for captions in rows["captions"] for caption in captions]
     table = rows.to_table(["captions"], NUM_SAMPLED_CAPTIONS)
-    return [caption for captions in table["captions"] for caption in clean_captions(captions, **rows.read.keywords)]
+    lower_case = rows.read.keywords["lower_case"]
+    return [caption for captions in table["captions"] for caption in clean_captions(captions, lower_case)]
 
 
 def _open_splits(data: ImageData, source: str, column: str) -> tuple[dict[str, Rows], datasets.DatasetBuilder | None]:
@@ -194,7 +214,9 @@ WebDataset._get_pipeline_from_tar = partial(_read_archive, read=WebDataset._get_
 
 
 def _two_columns(rows: Rows, image: str, source: str, column: str) -> Rows:
-    rows = rows.cast_column(image, Image(decode=False))
+    # A stream of `Image` ends at a cell of two missing values
+    is_plain = isinstance(rows.features[image], (Image, dict)) and not isinstance(rows, Dataset)
+    rows = rows.cast_column(image, PLAIN_IMAGE if is_plain else Image(decode=False))
     if source not in rows.features:  # `json.caption` is the key `caption` of the column `json`
         features = Features({**rows.features, source: rows.features.flatten(max_depth=2)[source]})
         rows = rows.map(_copy_key, fn_kwargs={"source": source}, features=features)
@@ -257,32 +279,43 @@ def _check_row(row: Row, index: int, read: ReadExample, column: str) -> Row:
     return {column: None if problem else example[column], "problem": problem and f"row {index}: {problem}"}
 
 
-def read_labelled(row: Row, codes: dict[Any, int]) -> tuple[Example, str]:
+def read_labelled(row: Row, codes: dict[Any, int], roots: list[str] | None = None) -> tuple[Example, str]:
     """Makes an example of a row with a `label`, whose number is in `codes`, and says why it is bad, if it is."""
-    image, problem = read_image(row["image"])
+    image, problem = read_image(row["image"], roots)
     if row["label"] not in codes:
         values = list(codes)
         problem = f"the label must be in {values[0]} ... {values[-1]}, got {row['label']}"
     return {"image": image, "label": codes.get(row["label"])}, problem
 
 
-def read_captioned(row: Row, lower_case: bool) -> tuple[Example, str]:
+def read_captioned(row: Row, lower_case: bool, roots: list[str] | None = None) -> tuple[Example, str]:
     """Likewise of a row with `captions`, a string or a list of strings."""
-    image, problem = read_image(row["image"])
+    image, problem = read_image(row["image"], roots)
     captions = clean_captions(row["captions"], lower_case)
     return {"image": image, "captions": captions}, problem if captions else "no caption in UTF-8"
 
 
-def read_image(image: Row | None) -> tuple[PILImage.Image | None, str]:
-    """Decodes the whole image of an undecoded cell of `datasets.Image`."""
+def read_image(image: Row | None, roots: list[str] | None = None) -> tuple[PILImage.Image | None, str]:
+    """Decodes the whole image of an undecoded cell of `datasets.Image`, whose file must be in one of the folders
+    `roots`, links resolved."""
     if not image or not any(image.values()):
         return None, "no image"
+    content, path = image["bytes"], image["path"]
+    if content is None and (roots is not None or "://" not in path):
+        if not Path(path).is_file():  # a pipe would be waited for
+            return None, f"no such image {path}"
+        if roots is not None and not any(Path(path).resolve().is_relative_to(root) for root in roots):
+            return None, f"image {path} is not in the data's folder"
     try:
+        if content is not None or "://" not in path:
+            with PILImage.open(path if content is None else BytesIO(content)) as opened:
+                check_size(opened)  # before it is decoded
         picture = Image().decode_example(image)
         picture.load()  # opening reads only the header: decoding shows whether the file is truncated
         return picture, ""
     except Exception as error:  # Pillow's decoders raise errors of many types
-        return None, f"unreadable image {image['path'] or ''} ({type(error).__name__})"
+        reason = error if isinstance(error, ValueError) and "MAX_IMAGE" in str(error) else type(error).__name__
+        return None, f"unreadable image {path or ''} ({reason})"
 
 
 def clean_captions(captions: str | bytes | list[str | bytes | None] | None, lower_case: bool) -> list[str]:

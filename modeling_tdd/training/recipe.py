@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from transformers import CONFIG_MAPPING, ViTImageProcessor, image_utils
 
 from ..configuration_tdd import TDDConfig
-from ..settings_tdd import suggest
+from ..settings_tdd import SETTINGS, check, suggest
 from .arguments import TDDTrainingArguments
 from .batches import Augmentation
 from .data import CaptionData, LabelData
@@ -31,10 +31,21 @@ class EvaluationRecipe:
     # Settings are chosen on the first split, so that only it needs all of them: the numbers of steps for the others
     test_inference_steps: list[int] | None = None
 
+    def __post_init__(self):
+        for steps in (*self.num_inference_steps, *(self.test_inference_steps or ())):
+            check("evaluation.num_inference_steps", steps, SETTINGS["num_inference_steps"])
+        for scale in self.guidance_scale:
+            check("evaluation.guidance_scale", scale, SETTINGS["guidance_scale"])
+        if not self.num_inference_steps or not self.guidance_scale:
+            raise ValueError("`evaluation` needs at least one of `num_inference_steps` and one of `guidance_scale`.")
+
     def grid(self, is_first_split: bool) -> list[dict[str, Any]]:
         """The settings of each cell of a split's table, as arguments of the model."""
         counts = self.num_inference_steps if is_first_split else self.test_inference_steps or self.num_inference_steps
         return [{"num_inference_steps": n, "guidance_scale": scale} for scale in self.guidance_scale for n in counts]
+
+
+OF_THE_COMMAND = ("output_dir", "seed")  # the arguments of `scripts/train.py`, which a recipe would override
 
 
 @dataclass
@@ -64,7 +75,8 @@ class Recipe:
             raise ValueError("`tokenizer` must be empty: the checkpoint brings its own.")
         if self.feature_views < 1 or (self.feature_views > 1 and not self.model.get("freeze_encoder")):
             raise ValueError(f"`feature_views` above 1 needs `model.freeze_encoder`, got {self.feature_views}.")
-        _check_values("training", self.training, _types_of(TDDTrainingArguments))
+        types = _types_of(TDDTrainingArguments)
+        _check_values("training", self.training, {name: types[name] for name in types if name not in OF_THE_COMMAND})
         # The types of a configuration's fields are its own matter: it checks them when it is made.
         _check_values("model", self.model, {f.name: Any for f in fields(TDDConfig)})
         vision = self.model.get("vision_config") or {"model_type": "vit"}

@@ -1,10 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Saves results and models, each completely or not at all."""
+"""The settings that a run was started with, and the model that it saves."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON to a temporary file beside `path` and then moves it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+from .folders import new_folder, write_json
 
 
 # Fields of `training` that may differ between a run and its resumption, by how their names begin
@@ -70,18 +61,9 @@ def save_checkpoint(
     processor: BaseImageProcessor | ProcessorMixin,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Saves model and processor to a temporary folder beside `folder` and then moves it to `folder`. If saving fails,
-    `folder` stays as it was. `state_dict` takes the place of the model's own weights, which may be sharded."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    """Saves model and processor to `folder` as a whole, see [`new_folder`]. `state_dict` takes the place of the
+    model's own weights, which may be sharded."""
+    with new_folder(folder) as new:
         with plain_class(model):
-            model.save_pretrained(temporary, state_dict=state_dict)
-        processor.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            model.save_pretrained(new, state_dict=state_dict)
+        processor.save_pretrained(new)

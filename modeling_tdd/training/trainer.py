@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..processing_tdd import saveable_image_processor
-from .arguments import TDDTrainingArguments, fast_precision
+from .arguments import NO_UPLOADS, TDDTrainingArguments, fast_precision
 from .averaging import AveragedAdamW
 from .batches import TrainingRows
 from .callbacks import (
@@ -26,10 +27,17 @@ from .callbacks import (
     SeedCallback,
     ShortProgressCallback,
     StopCallback,
-    describe_last_checkpoint,
-    last_complete_checkpoint,
     leave_signals_to_the_trainer,
 )
+from .checkpoints import (
+    describe_last_checkpoint,
+    find_damage,
+    last_complete_checkpoint,
+    remove_old_checkpoints,
+    set_damaged_aside,
+    write_checksums,
+)
+from .folders import make_hidden, put_in_place, remove
 from .results import plain_class
 
 
@@ -37,7 +45,7 @@ class TDDTrainer(Trainer):
     r"""
     `Trainer` with what training a diffusion model on images needs beside it:
 
-    - The moving average of the weights ([`AveragedAdamW`]) is evaluated, saved and pushed. After `train` the model
+    - The moving average of the weights ([`AveragedAdamW`]) is evaluated and saved. After `train` the model
       holds it. Checkpoints have the weights that train too.
     - Order, augmentation and noise depend only on the seed and on the place in training. So a run that was killed and
       resumed ends with the same weights as an unbroken one, and one process with the same weights as two.
@@ -57,6 +65,8 @@ class TDDTrainer(Trainer):
     Raises:
         `ValueError`: for an averaged optimiser other than AdamW, or fewer training examples than a batch.
     """
+
+    unfinished: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -84,6 +94,10 @@ class TDDTrainer(Trainer):
             self.add_callback(ShortProgressCallback)
         self.eval_collator = eval_collator or self.data_collator
         self.settings: dict[str, Any] = {}
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a `ValueError`: whatever starts an upload in `Trainer` begins here."""
+        raise ValueError(NO_UPLOADS)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All weights decay but biases and those of norms, as in timm."""
@@ -138,12 +152,18 @@ class TDDTrainer(Trainer):
     # ---- Training
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint, if there is one.
-        Afterwards the model holds the average of its weights."""
+        """As in `Trainer`; `resume_from_checkpoint=True` resumes from the last checkpoint that is as it was saved, if
+        there is one. Afterwards the model holds the average of its weights. Raises a `ValueError` if the checkpoint
+        of `resume_from_checkpoint` is damaged."""
         if not isinstance(resume_from_checkpoint, (str, Path, bool, type(None))):
             raise TypeError(f"`resume_from_checkpoint` must be a folder or a boolean, got {resume_from_checkpoint!r}.")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            with self.args.main_process_first(desc="looking for the last checkpoint"):
+                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+                if self.args.should_save:
+                    set_damaged_aside(self.args.output_dir, resume_from_checkpoint)
+        elif resume_from_checkpoint and (problem := find_damage(Path(resume_from_checkpoint))):
+            raise ValueError(f"{resume_from_checkpoint} is damaged: {problem}.")
         if resume_from_checkpoint:
             self.accelerator.print(f"Resuming from {resume_from_checkpoint}.")
         output = super().train(resume_from_checkpoint, **kwargs)
@@ -187,15 +207,40 @@ class TDDTrainer(Trainer):
         with plain_class(self.model):
             super()._save(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return super()._get_output_dir(trial) if self.unfinished is None else str(self.unfinished)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint out of sight, and moves it into its place when all processes have written it."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        unfinished = folder.with_name(f".{folder.name}.new")
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                make_hidden(folder)
+            self.accelerator.wait_for_everyone()
+            self.unfinished = unfinished
+            super()._save_checkpoint(model, trial)
+            self.unfinished = None
+            self.accelerator.wait_for_everyone()
+            self._finish_checkpoint(unfinished / folder.name, folder)
         except Exception as error:  # on a full disk safetensors, PyTorch and Python raise different errors
-            folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             free = f"{shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB were free"
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(unfinished)
             last = describe_last_checkpoint(folder.parent)
             raise OSError(f"{folder} could not be written, where {free}: {error}. {last}") from error
+        finally:
+            self.unfinished = None
+
+    def _finish_checkpoint(self, new: Path, folder: Path) -> None:
+        if self.state.best_model_checkpoint == str(new):
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save:
+            self.state.save_to_json(str(new / TRAINER_STATE_NAME))
+            write_checksums(new)
+            put_in_place(new, folder)
+            remove(new.parent)
+            kept = {str(folder), self.state.best_model_checkpoint or str(folder)}
+            remove_old_checkpoints(folder.parent, self.args.save_total_limit, kept)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
