@@ -155,6 +155,17 @@ def test_compiled_captions(make_captioner: MakeModel, pixel_values: Tensor, corr
     assert backend.graphs == 2
 
 
+def test_compiled_steps_with_and_without_guidance(make_captioner: MakeModel, pixel_values: Tensor) -> None:
+    """A graph with guidance reads keys and values of the null condition, which are missing in the next call."""
+    model, backend = make_captioner(), CountingBackend()
+    scales = (2.0, 1.0, 3.0, 1.0)
+    expected = [model.generate(pixel_values, guidance_scale=scale) for scale in scales]
+    model.compile_denoising(backend=backend, mode=None)
+    for scale, captions in zip(scales, expected):
+        assert torch.equal(model.generate(pixel_values, guidance_scale=scale), captions)
+    assert backend.graphs == 2
+
+
 def test_processed_logits_are_not_compiled(make_captioner: MakeModel, pixel_values: Tensor) -> None:
     model, backend = make_captioner(), CountingBackend()
     expected = model.generate(pixel_values, bad_words_ids=[[5]])
