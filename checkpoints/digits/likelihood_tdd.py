@@ -61,7 +61,7 @@ class TDDLikelihoodMixin:
         Example:
 
         ```python
-        >>> labels = processor(text=["red apple", "green apple"], return_tensors="pt").labels
+        >>> labels = processor(captions=["red apple", "green apple"], return_tensors="pt").labels
         >>> model.score(inputs.pixel_values, labels[None]).argmax(-1)
         ```"""
         check_given(method=method, labels=labels, num_draws=num_draws, max_rows=max_rows)
