@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""What the paper's tables and figures compare, with the paper's numbers, and the trainings that each of them needs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method to train: `overrides` change the recipe of a [`Setting`], and `recipe` takes its place on ImageNet."""
+
+    label: str
+    method: str
+    recipe: str  # in scripts/recipes
+    overrides: tuple[str, ...] = ()
+    paper_top1: float | None = None  # on ImageNet, in percent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data, network and budget that all variants share. `minutes` is the time of a training on one core."""
+
+    recipe: str  # in scripts/recipes
+    num_seeds: int
+    minutes: float
+    variants: tuple[str, ...]
+    uses_variant_recipes: bool = False
+    budget: str = "cpu"
+
+
+VARIANTS = {
+    "mdd": Variant("MDD (linear head)", "mdd", "table1/mdd_vit_b16.yaml", (), 82.3),
+    "tdd": Variant("TDD", "tdd", "table1/tdd_vit_b16.yaml", (), 82.82),
+    "no_coefficient": Variant(
+        "TDD without coefficient",
+        "tdd",
+        "table1/tdd_vit_b16_no_coefficient.yaml",
+        ("model.loss_weighting=none",),
+        82.96,
+    ),
+    "regression": Variant(
+        "TDD with regression loss",
+        "tdd",
+        "table2/regression_loss.yaml",
+        ("model.prediction_type=epsilon", "model.loss_weighting=none", "model.label_smoothing=0.0"),
+        0.13,
+    ),
+    "no_guidance": Variant(
+        "TDD without guidance", "tdd", "table2/no_guidance.yaml", ("model.condition_dropout=0.0",), 82.36
+    ),
+    # Not in the paper. With so small a label nothing can be read off y_t: the network is a plain classifier of TDD's
+    # size. What TDD has over it is what the diffusion of the label contributes.
+    "no_signal": Variant(
+        "TDD's network, label hidden",
+        "tdd",
+        "table1/tdd_vit_b16_no_coefficient.yaml",
+        ("model.loss_weighting=none", "model.one_hot_scale=0.001"),
+    ),
+}
+ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_signal")
+SETTINGS: dict[str, dict[str, Setting]] = {
+    "cifar10": {
+        "frozen": Setting("cifar10/frozen.yaml", 3, 1.5, ALL),
+        "frozen_10": Setting("cifar10/frozen_10.yaml", 3, 0.7, SHORT),
+        "frozen_1": Setting("cifar10/frozen_1.yaml", 5, 0.5, SHORT),
+        "scratch": Setting("cifar10/scratch.yaml", 3, 5.0, ("mdd", "tdd", "no_coefficient")),
+    },
+    "fashion_mnist": {"scratch": Setting("fashion_mnist/scratch.yaml", 3, 5.0, ("mdd", "tdd", "no_coefficient"))},
+    "imagenet": {
+        "vit_b16": Setting(
+            "imagenet_vit_b16.yaml", 1, 60 * 24 * 5, tuple(list(VARIANTS)[:5]), uses_variant_recipes=True
+        )
+    },
+}
+# The variants that a table or figure compares. Table 2 also samples `tdd` from the softmax.
+CLASSIFIER_ELEMENTS = {
+    "table1": ("mdd", "tdd", "no_coefficient", "no_signal"),
+    "table2": ("regression", "no_guidance", "tdd", "no_coefficient"),
+    "fig3": ("mdd", "tdd", "no_coefficient", "no_signal"),
+    "fig4": ("regression", "tdd"),
+    "fig5": ("tdd", "no_coefficient"),
+    "fig6": ("tdd", "no_coefficient", "regression"),
+}
+CAPTION_ELEMENTS = ("table3", "fig7", "fig9", "fig10")
+PAPER_SOFTMAX = 82.35  # Table 2, sampling with softmax, top-1 in percent
+PAPER_CLIP_SCORES = {"true": 0.30, "shuffled": 0.16, "mdd": 0.18, "tdd": 0.25}  # Table 3
