@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Reports of the paper's Table 3 and Figs. 7, 9 and 10: captions of MDD and TDD, their CLIP scores and their drafts."""
+"""Reports of the paper's Table 3 and Figs. 7, 9 and 10: captions of MDD and TDD, CLIP scores and drafts."""
 
 import json
 import textwrap
@@ -72,8 +72,8 @@ def score_captions(data: "Dataset", captions: dict[str, list[str]], clip: str) -
         clip (`str`): A CLIP, by folder or model id.
 
     Returns:
-        `dict`: for each kind of captions `clip_score`, its 95 % interval `low` and `high` over images, and `exact_match`
-        and `token_f1`. The score of shuffled captions is the mean of ten shuffles.
+        `dict`: for each kind of captions `clip_score`, its 95 % interval `low` and `high` over images, and
+        `exact_match` and `token_f1`. The score of shuffled captions is the mean of ten shuffles.
     """
     images, references = [to_rgb(image) for image in data["image"]], list(data["captions"])
     true = [texts[0] for texts in references]

@@ -27,6 +27,8 @@ def read_evaluations(folders: Iterable[Path]) -> Evaluations:
             setting, variant, _ = folder.name.split("-")
             content = json.loads((folder / "evaluation.json").read_text())
             content["scores"] = json.loads((folder / "result.json").read_text())["scores"]
+            if (folder / "corrupted.json").exists():
+                content["corrupted"] = json.loads((folder / "corrupted.json").read_text())
             evaluations.setdefault(setting, {}).setdefault(variant, []).append(content)
     return evaluations
 
@@ -105,6 +107,50 @@ def table2(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
     return ["setting", "method", "inference", "seeds", "test top-1", "paper (ImageNet)"], rows
 
 
+def calibration_table(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
+    """How far each variant's probabilities can be trusted, from one draw of the noise and from eight."""
+    header = [
+        "setting",
+        "method",
+        "draws",
+        "top-1",
+        "NLL, nats",
+        "ECE",
+        "top-1 of the surest 50 %",
+        "of the surest 80 %",
+    ]
+    rows = []
+    for setting, variants in evaluations.items():
+        for variant, runs in variants.items():
+            kinds = {"1": [run["best"] for run in runs]}
+            if "samples" in runs[0]["best"]:
+                kinds["8"] = [run["best"]["samples"] for run in runs]
+            for draws, kind in kinds.items():
+                nll = [scores["nll"] for scores in kind]
+                spread = f"{np.mean(nll):.3f} ± {np.std(nll, ddof=1):.3f}" if len(nll) > 1 else f"{nll[0]:.3f}"
+                cells = [mean_and_spread([scores[name] for scores in kind]) for name in ("top1", "ece")]
+                surest = [mean_and_spread([scores["selective"][share] for scores in kind]) for share in ("0.5", "0.8")]
+                draws = draws if variant != "mdd" else "no noise"
+                rows.append([setting, VARIANTS[variant].label, draws, cells[0], spread, cells[1], *surest])
+    return header, rows
+
+
+def by_severity(setting: str, variants: dict[str, list[dict[str, Any]]]) -> list[Panel]:
+    """A panel for the mean over corruptions, and one for each of them."""
+    runs = [run for runs in variants.values() for run in runs if "corrupted" in run]
+    kinds = list(runs[0]["corrupted"]) if runs else []
+    panels = []
+    for kind in ["mean of all", *kinds] if runs else []:
+        panel = Panel(f"{setting}: {kind}", "severity", "top-1 on 1,000 test images, %")
+        for variant, runs in variants.items():
+            found = [run["corrupted"] for run in runs if "corrupted" in run]
+            values = [np.mean(list(c.values()), 0) if kind == "mean of all" else np.array(c[kind]) for c in found]
+            if values:
+                panel.lines[VARIANTS[variant].label] = (range(len(values[0])), 100 * np.array(values))
+        panels.append(panel)
+    return panels
+
+
 def by_epoch(setting: str, variants: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     panel = Panel(setting, "epoch", "top-1 on validation, %")
     for variant, runs in variants.items():
@@ -145,6 +191,8 @@ def panels_of(element: str, evaluations: Evaluations) -> list[Panel]:
             panels += by_number_of_steps(setting, variants)
         elif element == "fig4":
             panels += by_step(setting, variants, {"top1": ("top-1 on test, %", 100)})
+        elif element == "robustness":
+            panels += by_severity(setting, variants)
         else:
             names = {"entropy": ("entropy of the output, nats", 1), "confidence": ("largest probability, %", 100)}
             panels += by_step(setting, variants, names)
@@ -187,8 +235,10 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
     evaluations = {setting: variants for setting, variants in evaluations.items() if variants}
     if not evaluations:
         raise ValueError(f"There is no evaluated training for {element} on {data}.")
-    if element.startswith("table"):
-        panels, (header, rows) = [], (table1 if element == "table1" else table2)(evaluations)
+    tables = {"table1": table1, "table2": table2, "calibration": calibration_table}
+    panels: list[Panel] = []
+    if element in tables:
+        header, rows = tables[element](evaluations)
     else:
         panels = panels_of(element, evaluations)
         header, rows = figure_table(panels)
