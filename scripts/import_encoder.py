@@ -49,13 +49,12 @@ def load_in_order(model: nn.Module, weights: dict[str, Tensor]) -> None:
         `ValueError`: unless each pair of tensors has the same last part of the name and the same shape.
     """
     ours = model.state_dict()
-    kinds, expected = (
-        [(name.rpartition(".")[-1], tuple(tensor.shape)) for name, tensor in state.items()]
-        for state in (weights, ours)
-    )
-    if kinds != expected:
-        at = next((i for i, pair in enumerate(zip(kinds, expected)) if pair[0] != pair[1]), "the end")
-        raise ValueError(f"`weights` must be those of {type(model).__name__}; they differ at {at}.")
+    for (name, given), (own_name, own) in zip(weights.items(), ours.items()):
+        if given.shape != own.shape or name.rpartition(".")[-1] != own_name.rpartition(".")[-1]:
+            found, needed = f"{name} of {tuple(given.shape)}", f"{own_name} of {tuple(own.shape)}"
+            raise ValueError(f"`weights` must be those of {type(model).__name__}: needed {needed}, got {found}.")
+    if len(weights) != len(ours):
+        raise ValueError(f"`weights` must have {len(ours)} tensors, got {len(weights)}.")
     model.load_state_dict(dict(zip(ours, weights.values())))
 
 

@@ -4,9 +4,9 @@
     python scripts/reproduce.py all --data emoji
     python scripts/reproduce.py table1 --data imagenet --budget gpu --plan
 
-It first says what it will train and how long that takes, on one core or on one GPU. Stopped, the same command goes on.
+It first says what it will train and how long that takes on one core or one GPU. Stopped, the same command goes on.
 Reports are JSON, Markdown, PNG and SVG in docs/results/reproduce/<data>. `calibration` and `robustness` are not in the
-paper. The pictures of cifar10 and fashion_mnist are read from scripts/data/<data>, see `prepare_splits`, or loaded from
+paper. Pictures of cifar10 and fashion_mnist are read from scripts/data/<data>, see `prepare_splits`, or loaded from
 the Hub. Needed before: for cifar10 the encoder of `scripts/import_encoder.py`, for emoji `scripts/train_clip.py`.
 """
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Corrupted images in five severities, by torchvision's transforms; the strengths are close to CIFAR-10-C's."""
+"""Corrupted images in five severities, by torchvision and Pillow; the strengths are close to CIFAR-10-C's."""
 
+import io
 from collections.abc import Callable
 
 import torch
@@ -16,14 +17,11 @@ STRENGTHS = {
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
     "jpeg": (80, 65, 58, 50, 40),  # quality
 }
-# Of pixels in [0, 1], of shape (channels, height, width), but for JPEG, which takes bytes
+# Of pixels in [0, 1], of shape (channels, height, width)
 TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "gaussian noise": lambda pixels, sigma: functional.gaussian_noise(pixels, sigma=sigma),
     "blur": lambda pixels, sigma: functional.gaussian_blur(pixels, kernel_size=[7, 7], sigma=[sigma, sigma]),
     "contrast": functional.adjust_contrast,
-    "jpeg": lambda pixels, quality: functional.to_dtype(
-        functional.jpeg(functional.to_dtype(pixels, torch.uint8, scale=True), quality), torch.float32, scale=True
-    ),
 }
 
 
@@ -44,8 +42,13 @@ def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> Image.Im
         raise ValueError(f"`name` must be one of {', '.join(STRENGTHS)}, got {name!r}.")
     if severity not in range(1, NUM_SEVERITIES + 1):
         raise ValueError(f"`severity` must be from 1 to {NUM_SEVERITIES}, got {severity}.")
+    strength = STRENGTHS[name][severity - 1]
+    if name == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=strength)
+        return Image.open(file).convert("RGB")
     pixels = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pixels = TRANSFORMS[name](pixels, STRENGTHS[name][severity - 1])
+        pixels = TRANSFORMS[name](pixels, strength)
     return functional.to_pil_image(functional.to_dtype(pixels.clamp(0, 1), torch.uint8, scale=True))
