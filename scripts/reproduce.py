@@ -37,6 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("elements", nargs="+", choices=[*ELEMENTS, "all"], help="tables and figures")
     parser.add_argument("--data", choices=[*SETTINGS, *CAPTION_SETTINGS], default="cifar10", help="default: cifar10")
     parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu", help="size of the trainings; default: cpu")
+    parser.add_argument(
+        "--settings", nargs="+", help="such as frozen and scratch; default: all of the data and budget"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each in a process of its own")
     parser.add_argument("--plan", action="store_true", help="only say what would be trained, and how long it takes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/reproduce"), help="folder of the trainings")
@@ -59,7 +62,10 @@ def say_plan(trainings: Sequence[Training], jobs: int) -> list[Training]:
 
 
 def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> None:
-    trainings = plan_trainings(elements, args.data, args.budget, args.output_dir)
+    names = [name for name, setting in SETTINGS[args.data].items() if setting.budget == args.budget]
+    if unknown := set(args.settings or ()) - set(names):
+        raise SystemExit(f"--settings {' '.join(sorted(unknown))}: {args.data} has {', '.join(names) or 'none'}.")
+    trainings = plan_trainings(elements, args.data, args.settings or names, args.output_dir)
     missing = say_plan(trainings, args.jobs)
     if args.plan:
         return

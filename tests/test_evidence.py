@@ -19,7 +19,7 @@ from modeling_tdd import TDDForImageClassification
 from modeling_tdd.evaluation import load_metric, public_data
 from modeling_tdd.evaluation.caption_reports import shuffled, write_table3
 from modeling_tdd.evaluation.claims import SETTINGS, VARIANTS, Setting
-from modeling_tdd.evaluation.classifiers import describe_classifier
+from modeling_tdd.evaluation.classifiers import describe_draws, describe_steps
 from modeling_tdd.evaluation.clip import retrieval
 from modeling_tdd.evaluation.corruptions import STRENGTHS, corrupt
 from modeling_tdd.evaluation.public_data import prepare_splits
@@ -332,9 +332,9 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
 
 
 def test_plans_differ_by_element_and_refuse_nothing_silently(tiny: Path) -> None:
-    assert [t.variant for t in plan_trainings(["fig5"], "cifar10", "cpu", tiny)] == ["tdd", "tdd"]
-    assert plan_trainings(["fig5"], "cifar10", "gpu", tiny) == []
-    trainings = plan_trainings(["table1"], "cifar10", "cpu", tiny)
+    assert [t.variant for t in plan_trainings(["fig5"], "cifar10", ["tiny"], tiny)] == ["tdd", "tdd"]
+    assert plan_trainings(["fig5"], "cifar10", [], tiny) == []
+    trainings = plan_trainings(["table1"], "cifar10", ["tiny"], tiny)
     evaluate_trainings(trainings, tiny)  # none is finished: nothing to do
     evaluate_corrupted(trainings, tiny)
     with pytest.raises(ValueError, match="There is no evaluated training for table1 on cifar10"):
@@ -352,9 +352,12 @@ def test_every_recipe_of_the_reproduction_is_valid() -> None:
 def test_a_classifier_is_described_at_each_step(make_config: Any) -> None:
     model = TDDForImageClassification(make_config()).eval()
     batch = {"pixel_values": torch.randn(6, 3, 16, 16), "labels": torch.arange(6) % 5}
-    report, correct = describe_classifier(model, [batch, batch], num_steps=3)
+    report, correct = describe_steps(model, [batch, batch], num_steps=3)
     assert len(correct) == 12 and report["top1"] == pytest.approx(correct.mean())
-    assert all(len(values) == 3 for values in report["steps"].values()) and {"samples", "softmax_top1"} <= set(report)
+    assert all(len(values) == 3 for values in report["steps"].values())
+    assert set(describe_draws(model, [batch], num_steps=3)) == {"samples", "softmax_top1"}
+    masked = TDDForImageClassification(make_config(corruption="mask")).eval()
+    assert describe_draws(masked, [batch]) == {} and len(describe_steps(masked, [batch])[0]["steps"]["top1"]) == 1
     logits = model(batch["pixel_values"], num_inference_steps=3).logits
     expected = (logits.argmax(-1) == batch["labels"]).numpy()
     assert np.array_equal(correct, np.concatenate([expected] * 2))

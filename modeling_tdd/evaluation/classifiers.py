@@ -14,7 +14,7 @@ from .statistics import calibration, entropy, selective_accuracy
 
 SHARES = (0.5, 0.8, 0.9, 1.0)
 NUM_STEPS = 20  # the paper's best number, Section 4.2.1
-NUM_SAMPLES = 8  # draws of the noise
+NUM_SAMPLES = 4  # draws of the noise
 
 
 @torch.inference_mode()
@@ -41,11 +41,11 @@ def collect_probabilities(
     return np.concatenate(trajectories), np.concatenate(labels)
 
 
-def describe_classifier(
+def describe_steps(
     model: TDDForImageClassification, batches: list[dict[str, Tensor]], num_steps: int = NUM_STEPS
 ) -> tuple[dict[str, Any], np.ndarray]:
     r"""
-    Describes a classifier on a split: at each step of one loop, and with several draws of the noise.
+    Describes each step of one denoising loop on a split.
 
     Args:
         model ([`TDDForImageClassification`]): A classifier of TDD or MDD. MDD has one step and no noise.
@@ -54,28 +54,39 @@ def describe_classifier(
 
     Returns:
         `tuple`: a dictionary with the scores of [`~statistics.calibration`] of the last step, `selective`
-        ([`~statistics.selective_accuracy`]), the same from several draws under `samples`, `softmax_top1` with
-        sampling from the softmax, and `steps`: the mean `top1`, `entropy` in nats, `confidence` and five largest
-        probabilities of each step; and whether each image was classified correctly.
+        ([`~statistics.selective_accuracy`]), and `steps`: the mean `top1`, `entropy` in nats and `confidence` of each
+        step; and whether each image was classified correctly.
     """
-    has_steps = model.config.corruption == "gaussian"
-    settings = {"num_inference_steps": num_steps, "num_noise_samples": 1} if has_steps else {}
+    settings = {"num_inference_steps": num_steps, "num_noise_samples": 1} if has_noise(model) else {}
     trajectory, labels = collect_probabilities(model, batches, **settings)
-    report = _describe(trajectory[:, -1], labels)
     right = trajectory.argmax(-1) == labels[:, None]
-    report["steps"] = {
+    steps = {
         "top1": right.mean(0).tolist(),
         "entropy": entropy(trajectory).mean(0).tolist(),
         "confidence": trajectory.max(-1).mean(0).tolist(),
-        "top5_probabilities": np.sort(trajectory, -1)[..., ::-1][..., :5].mean(0).tolist(),
     }
-    if has_steps:
-        sampled, _ = collect_probabilities(model, batches, **{**settings, "num_noise_samples": NUM_SAMPLES})
-        report["samples"] = _describe(sampled[:, -1], labels)
-    if has_steps and model.config.prediction_type == "sample":
-        drawn, _ = collect_probabilities(model, batches, **settings, sampling_strategy="multinomial")
+    return {**_describe(trajectory[:, -1], labels), "steps": steps}, right[:, -1]
+
+
+def describe_draws(
+    model: TDDForImageClassification, batches: list[dict[str, Tensor]], num_steps: int = NUM_STEPS
+) -> dict[str, Any]:
+    """What other draws give: `samples`, as in [`describe_steps`] from four draws of the noise, and `softmax_top1`, by
+    sampling from the softmax. Empty for a model without noise, and without the latter for regression."""
+    if not has_noise(model):
+        return {}
+    settings = {"num_inference_steps": num_steps}
+    sampled, labels = collect_probabilities(model, batches, **settings, num_noise_samples=NUM_SAMPLES)
+    report: dict[str, Any] = {"samples": _describe(sampled[:, -1], labels)}
+    if model.config.prediction_type == "sample":
+        settings |= {"sampling_strategy": "multinomial", "num_noise_samples": 1}
+        drawn, _ = collect_probabilities(model, batches, **settings)
         report["softmax_top1"] = calibration(drawn[:, -1], labels)["top1"]
-    return report, right[:, -1]
+    return report
+
+
+def has_noise(model: TDDForImageClassification) -> bool:
+    return model.config.corruption == "gaussian"
 
 
 def _describe(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

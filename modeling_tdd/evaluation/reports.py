@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .claims import CLASSIFIER_ELEMENTS, PAPER_SOFTMAX, VARIANTS
+from .classifiers import NUM_SAMPLES
 from .figures import Panel, plot_panels, save_figure
 from .statistics import paired_bootstrap
 from .tables import markdown_table, mean_and_spread
@@ -108,7 +109,7 @@ def table2(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
 
 
 def calibration_table(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
-    """How far each variant's probabilities can be trusted, from one draw of the noise and from eight."""
+    """How far each variant's probabilities can be trusted, from one draw of the noise and from several."""
     header = [
         "setting",
         "method",
@@ -124,7 +125,7 @@ def calibration_table(evaluations: Evaluations) -> tuple[list[str], list[list[st
         for variant, runs in variants.items():
             kinds = {"1": [run["best"] for run in runs]}
             if "samples" in runs[0]["best"]:
-                kinds["8"] = [run["best"]["samples"] for run in runs]
+                kinds[str(NUM_SAMPLES)] = [run["best"]["samples"] for run in runs]
             for draws, kind in kinds.items():
                 nll = [scores["nll"] for scores in kind]
                 spread = f"{np.mean(nll):.3f} ± {np.std(nll, ddof=1):.3f}" if len(nll) > 1 else f"{nll[0]:.3f}"

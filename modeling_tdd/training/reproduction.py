@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.claims import CLASSIFIER_ELEMENTS, SETTINGS, VARIANTS, Setting
-from ..evaluation.classifiers import NUM_STEPS, collect_probabilities, describe_classifier
+from ..evaluation.classifiers import NUM_STEPS, collect_probabilities, describe_draws, describe_steps
 from ..evaluation.corruptions import NUM_SEVERITIES, STRENGTHS, corrupt
 from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDForImageClassification
@@ -49,24 +49,25 @@ class Training:
         variant = VARIANTS[self.variant]
         if self.setting.uses_variant_recipes:
             return load_recipe(recipes / variant.recipe)
-        return load_recipe(recipes / self.setting.recipe, list(variant.overrides))
+        tuned = self.setting.mdd if self.method == "mdd" else ()
+        return load_recipe(recipes / self.setting.recipe, [*variant.overrides, *tuned])
 
 
-def plan_trainings(elements: Sequence[str], data: str, budget: str, output_dir: Path) -> list[Training]:
+def plan_trainings(elements: Sequence[str], data: str, settings: Sequence[str], output_dir: Path) -> list[Training]:
     r"""
     All trainings that classifiers' tables and figures need, setting by setting, and within one seed by seed.
 
     Args:
         elements (`Sequence[str]`): Tables and figures.
         data (`str`): One of `claims.SETTINGS`.
-        budget (`str`): `"cpu"` or `"gpu"`.
+        settings (`Sequence[str]`): Names of the data's settings.
         output_dir (`Path`): The folder of a training is `output_dir/<data>/<setting>-<variant>-seed<n>`.
     """
     wanted = {variant for element in elements for variant in CLASSIFIER_ELEMENTS.get(element, ())}
     return [
         Training(setting, variant, seed, output_dir / data / f"{name}-{variant}-seed{seed}")
-        for name, setting in SETTINGS.get(data, {}).items()
-        if setting.budget == budget
+        for name, setting in SETTINGS[data].items()
+        if name in settings
         for seed in range(setting.num_seeds)
         for variant in setting.variants
         if variant in wanted
@@ -86,8 +87,11 @@ def evaluate_trainings(trainings: Iterable[Training], recipes: Path) -> None:
         training_folder = training.folder.with_name(f"{training.folder.name}-training")
         report: dict[str, Any] = {}
         for name, folder in (("best", training.folder), ("last", last_complete_checkpoint(training_folder))):
-            report[name], correct = describe_classifier(_load(folder, is_cached(recipe)), batches)
+            model = _load(folder, is_cached(recipe))
+            report[name], correct = describe_steps(model, batches)
             report[name]["correct"] = "".join(map(str, correct.astype(int)))
+            if name == "best":
+                report[name] |= describe_draws(model, batches)
         state = json.loads((training_folder / "trainer_state.json").read_text())
         logs = [log for log in state["log_history"] if "eval_top1" in log]
         report["epochs"] = {name: [log[name] for log in logs] for name in ("epoch", "eval_top1", "eval_loss")}
