@@ -128,7 +128,7 @@ def test_scripts_are_short(file: Path) -> None:
 
 
 def test_training_and_scripts_stay_small() -> None:
-    """2,800 lines train and use models. The reproduction of the paper has 520 more: its plan and evaluation, the script
+    """2,800 lines train and use models. The reproduction of the paper has 520 more: plan and evaluation, the script
     that runs it, a CLIP to score captions with, and the import of an encoder."""
     files = [*(PACKAGE / "training").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
     assert sum(len(file.read_text().splitlines()) for file in files) <= 2800 + 520

@@ -115,33 +115,37 @@ def example_rows(data: "Dataset", seed: int = 0) -> list[int]:
 
 def plot_examples(data: "Dataset", captions: dict[str, list[str]], rows: Sequence[int]) -> "Figure":
     """Fig. 7: pictures with their true caption and those of the models."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    for axes, row in zip(figure.subplots(2, -(-len(rows) // 2), squeeze=False).flat, rows):
-        axes.imshow(to_rgb(data[row]["image"]))
-        axes.axis("off")
-        texts = {"true": data[row]["captions"][0], **{name.upper(): texts[row] for name, texts in captions.items()}}
-        lines = [line for name, text in texts.items() for line in textwrap.wrap(f"{name}: {text}", 38)]
-        axes.set_title("\n".join(lines), fontsize=9, loc="left")
-    return figure
+    texts = []
+    for row in rows:
+        named = {"true": data[row]["captions"][0], **{name.upper(): texts[row] for name, texts in captions.items()}}
+        lines = [textwrap.wrap(f"{name}: {text}", 44, subsequent_indent="      ") for name, text in named.items()]
+        texts.append("\n".join(line for wrapped in lines for line in wrapped))
+    return plot_pictures([data[row]["image"] for row in rows], texts, columns=2)
 
 
 def plot_drafts(model: TDDForCaptioning, processor: TDDProcessor, images: Sequence[Image.Image]) -> "Figure":
     """Fig. 9: what the loop has at each step, for each image."""
+    decode, texts = partial(processor.decode, skip_special_tokens=True), []
+    for image in images:
+        drafts = captions_at_each_step(model, run_loop(model, processor, image), decode)
+        texts.append("\n".join(f"t = {t:4d}   {textwrap.shorten(text, 90)}" for t, text in drafts))
+    return plot_pictures(images, texts, columns=1)
+
+
+def plot_pictures(images: Sequence[Image.Image], texts: Sequence[str], columns: int) -> "Figure":
+    """Pictures with a text at the right of each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.35 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), 2, squeeze=False, width_ratios=(1, 4))
-    for (left, right), image in zip(grid, images):
-        outputs = run_loop(model, processor, image)
-        decode = partial(processor.decode, skip_special_tokens=True)
-        drafts = captions_at_each_step(model, outputs, decode)
-        lines = [f"t = {timestep:4d}   {textwrap.shorten(text, 90)}" for timestep, text in drafts]
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(9.5, 1.5 * rows), layout="constrained")
+    ratios = (1, 6 / columns) * columns
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=ratios)
+    for axes in grid.flat:
+        axes.axis("off")
+    for (left, right), image, text in zip(grid.reshape(-1, 2), images, texts):
         left.imshow(to_rgb(image))
-        right.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8.5, transform=right.transAxes)
-        left.axis("off")
-        right.axis("off")
+        left.set_anchor("N")
+        right.text(0, 1, text, va="top", family="monospace", fontsize=8, transform=right.transAxes)
     return figure
 
 
