@@ -94,7 +94,7 @@ CLASSIFIER_ELEMENTS = {
     "table2": ("regression", "no_guidance", "tdd", "no_coefficient"),
     "fig3": ("mdd", "tdd", "no_coefficient", "no_signal"),
     "fig4": ("regression", "tdd"),
-    "fig5": ("tdd", "no_coefficient"),
+    "fig5": ("tdd", "no_coefficient", "no_signal"),
     "fig6": ("tdd", "no_coefficient", "regression"),
     # Beyond the paper
     "calibration": ("mdd", "tdd", "no_coefficient", "no_signal"),
