@@ -11,11 +11,13 @@ the Hub. Needed before: for cifar10 the encoder of `scripts/import_encoder.py`, 
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from train import run
 
@@ -86,28 +88,29 @@ def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> 
 
 
 def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> None:
-    setting, folders = CAPTION_SETTINGS[args.data], {}
-    for method in ("mdd", "tdd"):
-        folders[method] = Path(setting.checkpoints.get(method, args.output_dir / args.data / f"{method}-seed0"))
+    setting, report_dir = CAPTION_SETTINGS[args.data], args.report_dir / args.data
+    folders = {method: args.output_dir / args.data / f"{method}-seed0" for method in ("mdd", "tdd")}
     missing = [method for method, folder in folders.items() if not (folder / "result.json").exists()]
     print(f"2 captioners, of which {len(missing)} are missing: about {setting.minutes * len(missing):.0f} minutes.")
     if args.plan:
         return
-    recipe = load_recipe(RECIPES / setting.recipe)
+    recipe = load_recipe(RECIPES / setting.recipe, list(setting.overrides))
     for method in missing:
         run(recipe, method, 0, folders[method], restart=False)
+    folders |= {name: Path(folder) for name, folder in setting.others.items()}
     splits, results, captions = load_captions(recipe.data), {}, {}
     for split in setting.splits:
         captions[split] = caption_images(splits[split], folders)
         if "table3" in elements:
             results[split] = score_captions(splits[split], captions[split], setting.clip)
-    report_dir, first = args.report_dir / args.data, setting.splits[0]
     if "table3" in elements:
-        about = {"CLIP": setting.clip, **{name: str(folder) for name, folder in folders.items()}}
+        about: dict[str, Any] = {"CLIP": setting.clip, "recipe": setting.recipe, "changes": setting.overrides}
         if (quality := Path(setting.clip, "retrieval.json")).exists():
-            about["retrieval of held-out pairs"] = quality.read_text()
-        print(write_table3(results, about, f"python scripts/reproduce.py table3 --data {args.data}", report_dir))
-    write_caption_figures(elements, splits[first], captions[first], folders["tdd"], report_dir)
+            about["retrieval of held-out pairs"] = json.loads(quality.read_text())
+        command = f"python scripts/reproduce.py table3 --data {args.data}"
+        print(write_table3(results, about, command, report_dir))
+    first, tdd = setting.splits[0], [*folders.values()][-1]
+    write_caption_figures(elements, splits[first], captions[first], tdd, report_dir)
 
 
 def main() -> None:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 NUM_SHUFFLES = 10
 NUM_EXAMPLES = 6
-LABELS = {"true": "true captions", "shuffled": "shuffled captions", "mdd": "MDD's captions", "tdd": "TDD's captions"}
+LABELS = {
+    "true": "true captions",
+    "shuffled": "shuffled captions",
+    "mdd": "MDD's captions",
+    "tdd": "TDD's captions",
+    "shipped": "the shipped TDD's captions",
+}
 
 
 def shuffled(captions: Sequence[str], seed: int) -> list[str]:
@@ -98,7 +104,8 @@ def write_table3(results: dict[str, dict[str, Any]], about: dict[str, Any], comm
         for name, values in kinds.items():
             score = f"{values['clip_score']:.3f} ({values['low']:.3f} to {values['high']:.3f})"
             match = [f"{100 * values[metric]:.1f}" for metric in ("exact_match", "token_f1")]
-            rows.append([split, LABELS[name], score, *match, f"{PAPER_CLIP_SCORES[name]:.2f}"])
+            paper = PAPER_CLIP_SCORES.get(name)
+            rows.append([split, LABELS[name], score, *match, "" if paper is None else f"{paper:.2f}"])
     facts = "\n".join(f"- {name}: {json.dumps(value)}" for name, value in about.items())
     report = f"# Table 3\n\nPlain cosines. `{command}`\n\n{markdown_table(header, rows)}\n\n{facts}\n"
     report_dir.mkdir(parents=True, exist_ok=True)

@@ -64,20 +64,22 @@ ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_si
 
 @dataclass(frozen=True)
 class CaptionSetting:
-    """Captioners to compare: a recipe, its split to caption, a CLIP, and checkpoints that need no training."""
+    """MDD and TDD as captioners: a recipe and what changes it, the splits to caption, and a CLIP by folder or model id.
+    `others` are checkpoints that need no training."""
 
     recipe: str  # in scripts/recipes
+    overrides: tuple[str, ...]
     splits: tuple[str, ...]
-    clip: str  # folder or model id
+    clip: str
     minutes: float
-    checkpoints: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
     budget: str = "cpu"
 
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cifar10": {
         "frozen": Setting("cifar10/frozen.yaml", 3, 1.3, ALL, mdd=("training.learning_rate=2.0e-3",)),
-        "scratch": Setting("cifar10/scratch.yaml", 3, 5.0, ("mdd", "tdd", "no_coefficient")),
+        "scratch": Setting("cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")),
         "frozen_10": Setting("cifar10/frozen_10.yaml", 3, 0.7, SHORT),
         "frozen_1": Setting("cifar10/frozen_1.yaml", 5, 0.5, SHORT),
         "full": Setting("cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
@@ -102,14 +104,15 @@ CLASSIFIER_ELEMENTS = {
 }
 CAPTION_ELEMENTS = ("table3", "fig7", "fig9", "fig10")
 PAPER_SOFTMAX = 82.35  # Table 2, sampling with softmax, top-1 in percent
-PAPER_CLIP_SCORES = {"true": 0.30, "shuffled": 0.16, "mdd": 0.18, "tdd": 0.25}  # Table 3
+PAPER_CLIP_SCORES: dict[str, float] = {"true": 0.30, "shuffled": 0.16, "mdd": 0.18, "tdd": 0.25}  # Table 3
 CAPTION_SETTINGS = {
     "emoji": CaptionSetting(
         "emoji_full.yaml",
+        ("training.num_train_epochs=5", "training.warmup_steps=0.1", "evaluation.num_inference_steps=[10]"),
         ("validation", "test_combo"),
         "outputs/emoji_clip",
-        25,
-        {"tdd": "checkpoints/emoji-captions"},
+        5,
+        {"shipped": "checkpoints/emoji-captions"},
     ),
-    "coco": CaptionSetting("coco_vit_b16.yaml", ("val2017",), "openai/clip-vit-base-patch32", 60 * 24, budget="gpu"),
+    "coco": CaptionSetting("coco_vit_b16.yaml", (), ("val2017",), "openai/clip-vit-base-patch32", 1_500, budget="gpu"),
 }
