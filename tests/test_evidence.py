@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from modeling_tdd import TDDForImageClassification
 from modeling_tdd.evaluation import load_metric, public_data
 from modeling_tdd.evaluation.caption_reports import shuffled, write_table3
-from modeling_tdd.evaluation.claims import SETTINGS, VARIANTS, Setting
+from modeling_tdd.evaluation.claims import CAPTION_SETTINGS, SETTINGS, VARIANTS, Setting
 from modeling_tdd.evaluation.classifiers import describe_draws, describe_steps
 from modeling_tdd.evaluation.clip import retrieval
 from modeling_tdd.evaluation.corruptions import STRENGTHS, corrupt
@@ -341,7 +341,27 @@ def test_plans_differ_by_element_and_refuse_nothing_silently(tiny: Path) -> None
         write_classifier_report("table1", "cifar10", [t.folder for t in trainings], tiny)
 
 
+def test_captions_have_a_plan_and_elements_of_their_own(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import reproduce
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--data", "emoji", "--plan"])
+    reproduce.main()
+    assert "2 captioners, of which 2 are missing: about 10 minutes." in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--data", "emoji"])
+    with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
+        reproduce.main()
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--settings", "warm"])
+    with pytest.raises(SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, frozen_1"):
+        reproduce.main()
+
+
 def test_every_recipe_of_the_reproduction_is_valid() -> None:
+    for setting in CAPTION_SETTINGS.values():
+        load_recipe(SCRIPTS / "recipes" / setting.recipe, list(setting.overrides))
     for settings in SETTINGS.values():
         for setting in settings.values():
             for variant in setting.variants:

@@ -64,7 +64,7 @@ ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_si
 
 @dataclass(frozen=True)
 class CaptionSetting:
-    """MDD and TDD as captioners: a recipe and what changes it, the splits to caption, and a CLIP by folder or model id.
+    """MDD and TDD as captioners: a recipe and what changes it, the splits to caption, and a CLIP by folder or id.
     `others` are checkpoints that need no training."""
 
     recipe: str  # in scripts/recipes
