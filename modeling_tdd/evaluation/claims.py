@@ -97,7 +97,7 @@ CLASSIFIER_ELEMENTS = {
     "fig3": ("mdd", "tdd", "no_coefficient", "no_signal"),
     "fig4": ("regression", "tdd"),
     "fig5": ("tdd", "no_coefficient", "no_signal"),
-    "fig6": ("tdd", "no_coefficient", "regression"),
+    "fig6": ("tdd", "no_coefficient"),
     # Beyond the paper
     "calibration": ("mdd", "tdd", "no_coefficient", "no_signal"),
     "robustness": ("mdd", "tdd", "no_coefficient", "no_signal"),
