@@ -261,7 +261,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripts: None) -> Path
     write_pictures(tmp_path / "source")
     prepare_splits("cifar10", tmp_path / "source", tmp_path / "splits")
     (tmp_path / "tiny.yaml").write_text(TINY.replace("FROZEN", "true"))
-    setting = Setting("tiny.yaml", 2, 0.1, ("mdd", "tdd"))
+    setting = Setting("tiny squares", "tiny.yaml", 2, 0.1, ("mdd", "tdd"))
     monkeypatch.setitem(SETTINGS, "cifar10", {"tiny": setting})
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -324,7 +324,10 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
     assert {"table1.json", "table1.md", "fig5.png", "fig5.svg", "calibration.md", "robustness.png"} <= {
         path.name for path in folder.iterdir()
     }
-    assert VARIANTS["mdd"].label in (folder / "table1.md").read_text()
+    assert (
+        VARIANTS["mdd"].label in (folder / "table1.md").read_text()
+        and "tiny squares" in (folder / "fig5.md").read_text()
+    )
     evaluations = read_evaluations([tiny / "outputs/reproduce/cifar10" / run for run in runs])
     assert [len(evaluations["tiny"][variant]) for variant in ("mdd", "tdd")] == [2, 2]
     assert len(evaluations["tiny"]["tdd"][0]["epochs"]["eval_top1"]) == 2

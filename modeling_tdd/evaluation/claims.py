@@ -17,9 +17,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Setting:
-    """Data, network and budget that all variants share. `minutes` is the time of a training on one core, or
-    an estimate of that on one GPU."""
+    """Data, network and budget that all variants share, and their title. `minutes` is the time of a training on one
+    core, or an estimate of that on one GPU."""
 
+    title: str
     recipe: str  # in scripts/recipes
     num_seeds: int
     minutes: float
@@ -78,16 +79,30 @@ class CaptionSetting:
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cifar10": {
-        "frozen": Setting("cifar10/frozen.yaml", 3, 1.3, ALL, mdd=("training.learning_rate=2.0e-3",)),
-        "scratch": Setting("cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")),
-        "frozen_10": Setting("cifar10/frozen_10.yaml", 3, 0.7, SHORT),
-        "frozen_1": Setting("cifar10/frozen_1.yaml", 5, 0.5, SHORT),
-        "full": Setting("cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
+        "frozen": Setting(
+            "CIFAR-10, frozen encoder", "cifar10/frozen.yaml", 3, 1.3, ALL, mdd=("training.learning_rate=2.0e-3",)
+        ),
+        "scratch": Setting(
+            "a tenth of CIFAR-10, from scratch", "cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")
+        ),
+        "frozen_10": Setting("a tenth of CIFAR-10, frozen encoder", "cifar10/frozen_10.yaml", 3, 0.7, SHORT),
+        "frozen_1": Setting("a hundredth of CIFAR-10, frozen encoder", "cifar10/frozen_1.yaml", 5, 0.5, SHORT),
+        "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
     },
-    "fashion_mnist": {"scratch": Setting("fashion_mnist/scratch.yaml", 3, 5.0, ("mdd", "tdd", "no_coefficient"))},
+    "fashion_mnist": {
+        "scratch": Setting(
+            "a tenth of Fashion-MNIST, from scratch",
+            "fashion_mnist/scratch.yaml",
+            3,
+            5.0,
+            ("mdd", "tdd", "no_coefficient"),
+        )
+    },
     "imagenet": {
         # 500 epochs at some 800 images a second
-        "vit_b16": Setting("imagenet_vit_b16.yaml", 1, 13_000, PAPERS, uses_variant_recipes=True, budget="gpu")
+        "vit_b16": Setting(
+            "ImageNet, ViT-B/16", "imagenet_vit_b16.yaml", 1, 13_000, PAPERS, uses_variant_recipes=True, budget="gpu"
+        )
     },
 }
 # The variants that a table or figure compares. Table 2 also samples `tdd` from the softmax.

@@ -29,11 +29,11 @@ class Panel:
     ticks: Sequence[float] | None = None
 
 
-def plot_panels(panels: Sequence[Panel], columns: int = 2) -> "Figure":
-    """Draws panels side by side: the mean of each line, and its standard deviation over seeds as a band."""
+def plot_panels(panels: Sequence[Panel], labels: Sequence[str], columns: int = 2) -> "Figure":
+    """Draws panels side by side: the mean of each line, and its standard deviation over seeds as a band. A label has
+    the colour of its place in `labels`, which may have others too."""
     from matplotlib.figure import Figure
 
-    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.45), layout="constrained")
@@ -61,7 +61,12 @@ def plot_panels(panels: Sequence[Panel], columns: int = 2) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(3, len(handles)), frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=1 + columns,
+        frameon=False,
+        fontsize=9 - (columns == 1),
     )
     return figure
 

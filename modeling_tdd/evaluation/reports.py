@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .claims import CLASSIFIER_ELEMENTS, PAPER_SOFTMAX, VARIANTS
+from .claims import CLASSIFIER_ELEMENTS, PAPER_SOFTMAX, SETTINGS, VARIANTS
 from .classifiers import NUM_SAMPLES
 from .figures import Panel, plot_panels, save_figure
 from .statistics import paired_bootstrap
@@ -218,7 +218,7 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
 
     Args:
         element (`str`): One of `claims.CLASSIFIER_ELEMENTS`.
-        data (`str`): The name of the data, for the title.
+        data (`str`): One of `claims.SETTINGS`.
         folders (`Iterable[Path]`): Folders of evaluated trainings, `<setting>-<variant>-seed<n>`.
         report_dir (`Path`): Where the files go.
 
@@ -233,7 +233,7 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
         setting: {name: variants[name] for name in names if name in variants}
         for setting, variants in read_evaluations(folders).items()
     }
-    evaluations = {setting: variants for setting, variants in evaluations.items() if variants}
+    evaluations = {SETTINGS[data][setting].title: variants for setting, variants in evaluations.items() if variants}
     if not evaluations:
         raise ValueError(f"There is no evaluated training for {element} on {data}.")
     tables = {"table1": table1, "table2": table2, "calibration": calibration_table}
@@ -243,7 +243,8 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
     else:
         panels = panels_of(element, evaluations)
         header, rows = figure_table(panels)
-        save_figure(plot_panels(panels), report_dir / element)
+        labels = [variant.label for variant in VARIANTS.values()]
+        save_figure(plot_panels(panels, labels), report_dir / element)
     command = f"python scripts/reproduce.py {element} --data {data}"
     report = f"# {element} on {data}\n\nTop-1 in %. `{command}`\n\n{markdown_table(header, rows)}\n"
     if panels:
