@@ -352,7 +352,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--data", "emoji", "--plan"])
     reproduce.main()
-    assert "2 captioners, of which 2 are missing: about 10 minutes." in capsys.readouterr().out
+    assert "2 captioners, of which 2 are missing: about 8 minutes." in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--data", "emoji"])
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):

@@ -86,7 +86,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             "a tenth of CIFAR-10, from scratch", "cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")
         ),
         "frozen_10": Setting("a tenth of CIFAR-10, frozen encoder", "cifar10/frozen_10.yaml", 3, 0.7, SHORT),
-        "frozen_1": Setting("a hundredth of CIFAR-10, frozen encoder", "cifar10/frozen_1.yaml", 5, 0.5, SHORT),
+        "frozen_1": Setting("a hundredth of CIFAR-10, frozen encoder", "cifar10/frozen_1.yaml", 3, 0.5, SHORT),
         "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
     },
     "fashion_mnist": {
@@ -123,10 +123,10 @@ PAPER_CLIP_SCORES: dict[str, float] = {"true": 0.30, "shuffled": 0.16, "mdd": 0.
 CAPTION_SETTINGS = {
     "emoji": CaptionSetting(
         "emoji_full.yaml",
-        ("training.num_train_epochs=5", "training.warmup_steps=0.1", "evaluation.num_inference_steps=[10]"),
+        ("training.num_train_epochs=4", "training.warmup_steps=0.1", "evaluation.num_inference_steps=[10]"),
         ("validation", "test_combo"),
         "outputs/emoji_clip",
-        5,
+        4,
         {"shipped": "checkpoints/emoji-captions"},
     ),
     "coco": CaptionSetting("coco_vit_b16.yaml", (), ("val2017",), "openai/clip-vit-base-patch32", 1_500, budget="gpu"),
