@@ -7,7 +7,8 @@
 It first says what it will train and how long that takes on one core or one GPU. Stopped, the same command goes on.
 Reports are JSON, Markdown, PNG and SVG in docs/results/reproduce/<data>. `calibration` and `robustness` are not in the
 paper. Pictures of cifar10 and fashion_mnist are read from scripts/data/<data>, see `prepare_splits`, or loaded from
-the Hub. Needed before: for cifar10 the encoder of `scripts/import_encoder.py`, for emoji `scripts/train_clip.py`.
+the Hub. Needed before: for cifar10 the encoder of `scripts/import_encoder.py`, for emoji `scripts/train_clip.py` and
+the recipe `emoji_encoder.yaml`.
 """
 
 import argparse
@@ -94,17 +95,17 @@ def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> Non
     print(f"2 captioners, of which {len(missing)} are missing: about {setting.minutes * len(missing):.0f} minutes.")
     if args.plan:
         return
-    recipe = load_recipe(RECIPES / setting.recipe, list(setting.overrides))
+    recipe = load_recipe(RECIPES / setting.recipe)
     for method in missing:
         run(recipe, method, 0, folders[method], restart=False)
     folders |= {name: Path(folder) for name, folder in setting.others.items()}
-    splits, results, captions = load_captions(recipe.data), {}, {}
+    splits, results, captions = load_captions(load_recipe(RECIPES / setting.data).data), {}, {}
     for split in setting.splits:
         captions[split] = caption_images(splits[split], folders)
         if "table3" in elements:
             results[split] = score_captions(splits[split], captions[split], setting.clip)
     if "table3" in elements:
-        about: dict[str, Any] = {"CLIP": setting.clip, "recipe": setting.recipe, "changes": setting.overrides}
+        about: dict[str, Any] = {"CLIP": setting.clip, "recipe": setting.recipe, "pictures": setting.data}
         if (quality := Path(setting.clip, "retrieval.json")).exists():
             about["retrieval of held-out pairs"] = json.loads(quality.read_text())
         command = f"python scripts/reproduce.py table3 --data {args.data}"
