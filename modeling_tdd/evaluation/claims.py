@@ -65,8 +65,8 @@ ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_si
 
 @dataclass(frozen=True)
 class CaptionSetting:
-    """MDD and TDD as captioners: the recipe that trains them, the splits to caption, which are those of another recipe's
-    data, and a CLIP by folder or id. `others` are checkpoints that need no training."""
+    """MDD and TDD as captioners: the recipe that trains them, the splits to caption, which are those of the data of
+    another recipe, and a CLIP by folder or id. `others` are checkpoints that need no training."""
 
     recipe: str  # in scripts/recipes
     data: str  # likewise
