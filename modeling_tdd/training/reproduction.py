@@ -20,7 +20,7 @@ from .data import load_labels
 from .features import read_features
 from .recipe import Recipe, load_recipe
 from .results import write_json
-from .tasks import is_cached, load_image_processor, make_task
+from .tasks import classifies_features, load_image_processor, make_task
 
 
 NUM_CORRUPTED = 1_000  # the first images of the test split
@@ -87,7 +87,7 @@ def evaluate_trainings(trainings: Iterable[Training], recipes: Path) -> None:
         training_folder = training.folder.with_name(f"{training.folder.name}-training")
         report: dict[str, Any] = {}
         for name, folder in (("best", training.folder), ("last", last_complete_checkpoint(training_folder))):
-            model = _load(folder, is_cached(recipe))
+            model = _load(folder, classifies_features(recipe))
             report[name], correct = describe_steps(model, batches)
             report[name]["correct"] = "".join(map(str, correct.astype(int)))
             if name == "best":
@@ -109,9 +109,10 @@ def evaluate_corrupted(trainings: Iterable[Training], recipes: Path) -> None:
             continue
         recipe = training.recipe(recipes)
         model = _load(training.folder, has_features=False)
-        if (key := json.dumps([recipe.to_dict()["data"]["data_files"]["test"], recipe.encoder])) != last_key:
-            last_key, batches = key, _corrupted_batches(recipe, model if is_cached(recipe) else None)
-        if is_cached(recipe):
+        images = (recipe.data.data_files or {}).get(recipe.data.eval_splits[-1])
+        if (key := json.dumps([images, recipe.encoder, recipe.image_processor])) != last_key:
+            last_key, batches = key, _corrupted_batches(recipe, model if classifies_features(recipe) else None)
+        if classifies_features(recipe):
             read_features(model)
         settings = {"num_inference_steps": NUM_STEPS} if training.method == "tdd" else {}
         report: dict[str, list[float]] = {name: [] for name, _ in batches}

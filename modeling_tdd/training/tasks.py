@@ -94,7 +94,7 @@ def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Ta
     fields = model_fields(recipe, method) | labels
     model, new_modules = start_model(TDDForImageClassification, recipe, fields, new_modules)
     processor = load_image_processor(recipe)
-    if is_cached(recipe) and recipe.augmentation == Augmentation() and recipe.lora is None:
+    if classifies_features(recipe):
         splits = cache_splits(recipe, model.model, processor, splits, feature_folder)
         read_features(model)
     train_data = splits.pop(recipe.data.train_split)
@@ -125,6 +125,11 @@ def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
 def is_cached(recipe: Recipe) -> bool:
     """Whether the features of the encoder are computed once, before training."""
     return recipe.model.get("freeze_encoder", False) and not recipe.data.streaming
+
+
+def classifies_features(recipe: Recipe) -> bool:
+    """Whether a classifier is trained on cached features: nothing may change the images or the encoder."""
+    return is_cached(recipe) and recipe.augmentation == Augmentation() and recipe.lora is None
 
 
 def load_processor(recipe: Recipe, texts: list[str]) -> TDDProcessor:
