@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
 
-NUM_SHUFFLES = 10
+NUM_SHUFFLES = 3
 NUM_EXAMPLES = 6
 LABELS = {
     "true": "true captions",
@@ -79,7 +79,7 @@ def score_captions(data: "Dataset", captions: dict[str, list[str]], clip: str) -
 
     Returns:
         `dict`: for each kind of captions `clip_score`, its 95 % interval `low` and `high` over images, and
-        `exact_match` and `token_f1`. The score of shuffled captions is the mean of ten shuffles.
+        `exact_match` and `token_f1`. The score of shuffled captions is the mean of three shuffles.
     """
     images, references = [to_rgb(image) for image in data["image"]], list(data["captions"])
     true = [texts[0] for texts in references]

@@ -120,11 +120,11 @@ CAPTION_ELEMENTS = ("table3", "fig7", "fig9", "fig10")
 PAPER_SOFTMAX = 82.35  # Table 2, sampling with softmax, top-1 in percent
 PAPER_CLIP_SCORES: dict[str, float] = {"true": 0.30, "shuffled": 0.16, "mdd": 0.18, "tdd": 0.25}  # Table 3
 CAPTION_SETTINGS = {
-    # The captioners know the 2,000 pictures of the embedded set. Neither training set has a picture of the two splits.
+    # The captioners know the 2,000 pictures of the embedded set. Neither training set has a picture of the split.
     "emoji": CaptionSetting(
         "emoji.yaml",
         "emoji_full.yaml",
-        ("test_combo", "test_vendor"),
+        ("test_combo",),
         "outputs/emoji_clip",
         7,
         {"shipped": "checkpoints/emoji-captions"},
