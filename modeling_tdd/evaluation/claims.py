@@ -84,8 +84,22 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "scratch": Setting(
             "a tenth of CIFAR-10, from scratch", "cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")
         ),
-        "frozen_10": Setting("a tenth of CIFAR-10, frozen encoder", "cifar10/frozen_10.yaml", 3, 0.7, SHORT),
-        "frozen_1": Setting("a hundredth of CIFAR-10, frozen encoder", "cifar10/frozen_1.yaml", 3, 0.5, SHORT),
+        "frozen_10": Setting(
+            "a tenth of CIFAR-10, frozen encoder",
+            "cifar10/frozen_10.yaml",
+            3,
+            0.7,
+            SHORT,
+            mdd=("training.learning_rate=2.0e-3",),
+        ),
+        "frozen_1": Setting(
+            "a hundredth of CIFAR-10, frozen encoder",
+            "cifar10/frozen_1.yaml",
+            3,
+            0.5,
+            SHORT,
+            mdd=("training.learning_rate=2.0e-3",),
+        ),
         "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
     },
     "fashion_mnist": {
