@@ -677,7 +677,9 @@ def test_the_sampler_is_the_one_that_the_training_is_for(
 
 def test_masks_have_no_sampler_to_choose(make_captioner: MakeCaptioner) -> None:
     for sampler in ("renoise", "confidence"):
-        with pytest.raises(ValueError, match=f"`sampler='{sampler}'` needs Gaussian noise, and this model has `corruption"):
+        with pytest.raises(
+            ValueError, match=f"`sampler='{sampler}'` needs Gaussian noise, and this model has `corruption"
+        ):
             make_captioner(corruption="mask").generate(images(1), sampler=sampler)
 
 

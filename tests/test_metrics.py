@@ -28,10 +28,10 @@ def refuse(*_):
 
 socket.socket.connect = refuse
 sys.modules["modeling_tdd"] = None  # importing it raises an ImportError
-for name in ("top1", "caption_match", "word_scores", "coco_captions"):
+for name in ("top1", "caption_match", "word_scores", "coco_captions", "clip_score"):
     metric = evaluate.load(f"{sys.argv[1]}/{name}")
     assert isinstance(metric, evaluate.Metric) and metric.description and metric.inputs_description, name
-    assert bool(metric.citation) == (name == "coco_captions")
+    assert bool(metric.citation) == (name in ("coco_captions", "clip_score"))
 captions = evaluate.load(f"{sys.argv[1]}/caption_match", keep_in_memory=True)  # as `load_metric` does
 for _ in range(20):
     print(captions.compute(predictions=["a cat", "cat cat"], references=[["a cat"], ["a dog"]])["token_f1"])
@@ -52,7 +52,9 @@ def test_modules_load_by_path_without_the_package_or_a_network(tmp_path: Path) -
 
 
 def test_unknown_metrics_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of caption_match, coco_captions, top1, word_scores, got 'bleu'"):
+    with pytest.raises(
+        ValueError, match="one of caption_match, clip_score, coco_captions, top1, word_scores, got 'bleu'"
+    ):
         load_metric("bleu")
 
 

@@ -14,7 +14,8 @@ def load_metric(name: str) -> "Metric":
     Loads a metric of this package by `evaluate.load`, which needs no network for it.
 
     Args:
-        name (`str`): `"top1"`, `"caption_match"`, `"word_scores"` or `"coco_captions"`, a folder in `metrics/`.
+        name (`str`): `"top1"`, `"caption_match"`, `"word_scores"`, `"coco_captions"` or `"clip_score"`, a folder in
+            `metrics/`.
 
     Returns:
         `evaluate.Metric`: the metric. Its `inputs_description` says what `compute` takes and returns. It keeps its

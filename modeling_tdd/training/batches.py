@@ -157,15 +157,19 @@ def pixels_of(examples: list[Example], image_processor: BaseImageProcessor, tran
 
 @dataclass
 class ImageCollator:
-    """Makes batches of `pixel_values` and `labels`, which are probabilities where `mixup` mixes the images."""
+    """Makes batches of `pixel_values` and `labels`, which are probabilities where `mixup` mixes the images. Cached
+    features take the place of pixels, see `read_features`."""
 
     image_processor: BaseImageProcessor
     transform: Transform | None = None
     mixup: Mixup | None = None
 
     def __call__(self, examples: list[Example]) -> Batch:
-        pixel_values = pixels_of(examples, self.image_processor, self.transform)
         labels = torch.tensor([example["label"] for example in examples])
+        if "image_features" in examples[0]:
+            features = np.stack([example["image_features"] for example in examples])
+            return {"pixel_values": torch.from_numpy(features).float(), "labels": labels}
+        pixel_values = pixels_of(examples, self.image_processor, self.transform)
         if self.mixup is not None:
             pixel_values, labels = self.mixup(pixel_values, labels)
         return {"pixel_values": pixel_values, "labels": labels}

@@ -4,6 +4,7 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from accelerate.utils import set_seed
 from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
+from torch import Tensor
 from transformers import BaseImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..images_tdd import to_rgb
-from ..modeling_tdd import TDDModel
+from ..modeling_tdd import TDDForImageClassification, TDDModel
 from .batches import DATA, Augmentation, build_train_transform, seed_for
 from .streaming import Row
 
@@ -44,8 +47,8 @@ def cache_features(
     memory. If there are several processes, let the first one write the file.
 
     Returns:
-        `Dataset`: rows with `captions` and `image_features`, an array of `np.float16` of shape `(num_tokens, width)`,
-        or `(num_views, num_tokens, width)` with [`AugmentedViews`].
+        `Dataset`: rows with the other columns and `image_features`, an array of `np.float16` of shape
+        `(num_tokens, width)`, or `(num_views, num_tokens, width)` with [`AugmentedViews`].
     """
     has_views = isinstance(image_processor, AugmentedViews)
     views = image_processor if has_views else AugmentedViews(Augmentation(), image_processor, num_views=1)
@@ -55,6 +58,7 @@ def cache_features(
     file.parent.mkdir(parents=True, exist_ok=True)
     was_training = model.training
     model.eval()
+    model.encoder.to(memory_format=torch.channels_last)  # convolutions are twice as fast on a CPU
     features = dataset.select_columns("image").map(  # it writes to a temporary file, which it moves into place
         partial(_encode, model=model, views=views),
         with_indices=True,
@@ -68,8 +72,17 @@ def cache_features(
         desc="features",
     )
     model.train(was_training)
-    rows = concatenate_datasets([features, dataset.select_columns("captions")], axis=1)
+    rows = concatenate_datasets([features, dataset.remove_columns("image")], axis=1)
     return rows.with_transform(partial(_decode, shape=shape))
+
+
+def read_features(model: TDDForImageClassification) -> None:
+    """Makes a classifier take cached features of its frozen encoder as its `pixel_values`, in this process alone."""
+
+    def get_image_features(pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=pixel_values)
+
+    model.model.get_image_features = get_image_features
 
 
 def features_fingerprint(model: TDDModel, views: AugmentedViews, dataset: Dataset) -> str:
@@ -95,7 +108,7 @@ def _encode(images: list[PILImage.Image], rows: list[int], model: TDDModel, view
         for image, row in zip(images, rows):
             set_seed(seed_for(DATA, row, view))
             pixel_values.append(transform(to_rgb(image)))
-        pixel_values = torch.stack(pixel_values).to(model.device, model.dtype)
+        pixel_values = torch.stack(pixel_values).to(model.device, model.dtype, memory_format=torch.channels_last)
         features.append(model.get_image_features(pixel_values).pooler_output)
     return {"image_features": [array.tobytes() for array in torch.stack(features, dim=1).half().cpu().numpy()]}
 

@@ -18,9 +18,17 @@ from ..evaluation.baselines import AutoregressiveCaptioner, WordClassifier, near
 from ..evaluation.compute_metrics import CaptionMetrics, top1, word_scores
 from ..modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDModel, TDDPreTrainedModel
 from ..processing_tdd import TDDProcessor, saveable_image_processor
-from .batches import CaptionCollator, ImageCollator, WordCollator, build_mixup, build_train_transform, count_words
+from .batches import (
+    Augmentation,
+    CaptionCollator,
+    ImageCollator,
+    WordCollator,
+    build_mixup,
+    build_train_transform,
+    count_words,
+)
 from .data import caption_texts, leave_out_unknown, load_captions, load_labels
-from .features import AugmentedViews, cache_features
+from .features import AugmentedViews, cache_features, read_features
 from .recipe import Recipe
 from .tokenization import train_tokenizer
 
@@ -81,12 +89,15 @@ def has_steps(recipe: Recipe, method: str) -> bool:
 
 def make_classification(recipe: Recipe, method: str, feature_folder: Path) -> Task:
     splits, names = load_labels(recipe.data)
-    train_data = splits.pop(recipe.data.train_split)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     new_modules = ["connector", "denoiser", "classifier"]
     fields = model_fields(recipe, method) | labels
     model, new_modules = start_model(TDDForImageClassification, recipe, fields, new_modules)
     processor = load_image_processor(recipe)
+    if classifies_features(recipe):
+        splits = cache_splits(recipe, model.model, processor, splits, feature_folder)
+        read_features(model)
+    train_data = splits.pop(recipe.data.train_split)
     transform = build_train_transform(recipe.augmentation, processor)
     mixup = build_mixup(recipe.augmentation, len(names))
     collators = (ImageCollator(processor, transform, mixup), ImageCollator(processor))
@@ -114,6 +125,11 @@ def make_captioning(recipe: Recipe, method: str, feature_folder: Path) -> Task:
 def is_cached(recipe: Recipe) -> bool:
     """Whether the features of the encoder are computed once, before training."""
     return recipe.model.get("freeze_encoder", False) and not recipe.data.streaming
+
+
+def classifies_features(recipe: Recipe) -> bool:
+    """Whether a classifier is trained on cached features: nothing may change the images or the encoder."""
+    return is_cached(recipe) and recipe.augmentation == Augmentation() and recipe.lora is None
 
 
 def load_processor(recipe: Recipe, texts: list[str]) -> TDDProcessor:

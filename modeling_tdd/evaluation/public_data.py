@@ -1,0 +1,74 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""The public pictures of the experiments, CIFAR-10 and Fashion-MNIST, as parquet files of fixed splits."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+
+NUM_VALIDATION = 5_000  # the last rows of the published training split
+SHARES = (1, 10)  # percent of the training rows that `train_<share>` has, from the first
+HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
+
+
+def prepare_splits(name: str, source: Path, folder: Path) -> None:
+    r"""
+    Writes the splits of a data set as parquet files with the columns `image` and `label`: `train` without the last
+    5,000 rows, which are `validation`; `test`, the published one; and `train_1` and `train_10`, the first 1 and 10 %
+    of `train`. Files that exist are left alone.
+
+    Args:
+        name (`str`): `"cifar10"` or `"fashion_mnist"`.
+        source (`Path`):
+            A folder with `train.parquet` and `test.parquet`, or with the four files of MNIST's format that Debian's
+            package `dataset-fashion-mnist` has. If there is none, the data set is loaded from the Hub.
+        folder (`Path`): Where the files go.
+
+    Raises:
+        `ValueError`: for another name.
+    """
+    if name not in HUB_NAMES:
+        raise ValueError(f"`name` must be one of {', '.join(HUB_NAMES)}, got {name!r}.")
+    files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
+    files |= {f"train_{share}": folder / f"train_{share}.parquet" for share in SHARES}
+    if all(file.exists() for file in files.values()):
+        return
+    read = _reader(name, source)
+    rows, test = read("train"), read("test")
+    count = len(rows) - NUM_VALIDATION
+    splits = {"train": rows.select(range(count)), "validation": rows.select(range(count, len(rows))), "test": test}
+    splits |= {f"train_{share}": rows.select(range(count * share // 100)) for share in SHARES}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, file in files.items():
+        temporary = file.with_suffix(".tmp")
+        splits[split].to_parquet(temporary)
+        temporary.replace(file)
+
+
+def _reader(name: str, source: Path) -> Callable[[str], Dataset]:
+    """A function that reads the published `train` or `test` split with the columns `image` and `label`."""
+    if (source / "train.parquet").exists():
+        return lambda split: datasets.load_dataset("parquet", data_files=str(source / f"{split}.parquet"))["train"]
+    if (source / "train-images-idx3-ubyte.gz").exists():
+        return lambda split: read_idx(source, {"train": "train", "test": "t10k"}[split])
+
+    def from_hub(split: str) -> Dataset:
+        rows = datasets.load_dataset(HUB_NAMES[name], split=split)
+        return rows.rename_column("img", "image") if "img" in rows.column_names else rows
+
+    return from_hub
+
+
+def read_idx(folder: Path, prefix: str) -> Dataset:
+    """Reads Fashion-MNIST's images and labels in MNIST's format, such as `train-images-idx3-ubyte.gz`."""
+    labels = np.frombuffer(gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, -1, 8)
+    pixels = np.frombuffer(gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes()), np.uint8, -1, 16)
+    images = [PILImage.fromarray(image) for image in pixels.reshape(len(labels), 28, 28)]
+    features = Features({"image": Image(), "label": ClassLabel(names=CLOTHES)})
+    return Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
