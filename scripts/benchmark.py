@@ -29,7 +29,7 @@ from modeling_tdd.evaluation.benchmarks import (
     step_jobs,
 )
 from modeling_tdd.evaluation.growth import ACCELERATORS, bounds_of_a_step, measure_growth, measure_peaks, plot_growth
-from modeling_tdd.training.results import write_json
+from modeling_tdd.training.folders import write_json
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,7 +18,7 @@ from modeling_tdd.evaluation.benchmarks import count_work_of_a_step
 from modeling_tdd.evaluation.scoring import Model, load_checkpoint
 from modeling_tdd.sampling_tdd import DenoisingStep, denoise
 from modeling_tdd.training.data import load_digits_dataset
-from modeling_tdd.training.results import write_json
+from modeling_tdd.training.folders import write_json
 
 
 EMOJI = "scripts/data/emoji_mini/validation.parquet"

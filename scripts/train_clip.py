@@ -30,7 +30,7 @@ from transformers import (
 from modeling_tdd.evaluation import load_metric
 from modeling_tdd.evaluation.clip import retrieval
 from modeling_tdd.images_tdd import to_rgb
-from modeling_tdd.training.results import write_json
+from modeling_tdd.training.folders import write_json
 from modeling_tdd.training.tokenization import train_tokenizer
 
 

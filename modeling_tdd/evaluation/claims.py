@@ -59,6 +59,8 @@ VARIANTS = {
         "table1/tdd_vit_b16_no_coefficient.yaml",
         ("model.loss_weighting=none", "model.one_hot_scale=0.001"),
     ),
+    # Not in the paper: the same network, loss and loop, with random tokens in place of noise
+    "uniform": Variant("random labels in place of noise (D3PM)", "uniform", "table1/tdd_vit_b16.yaml"),
 }
 ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_signal")
 
@@ -120,7 +122,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
 }
 # The variants that a table or figure compares. Table 2 also samples `tdd` from the softmax.
 CLASSIFIER_ELEMENTS = {
-    "table1": ("mdd", "tdd", "no_coefficient", "no_signal"),
+    "table1": ("mdd", "tdd", "no_coefficient", "no_signal", "uniform"),
     "table2": ("regression", "no_guidance", "tdd", "no_coefficient"),
     "fig3": ("mdd", "tdd", "no_coefficient", "no_signal"),
     "fig4": ("regression", "tdd"),

@@ -15,11 +15,11 @@ from ..evaluation.classifiers import NUM_STEPS, collect_probabilities, describe_
 from ..evaluation.corruptions import NUM_SEVERITIES, STRENGTHS, corrupt
 from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDForImageClassification
-from .callbacks import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint
 from .data import load_labels
 from .features import read_features
+from .folders import write_json
 from .recipe import Recipe, load_recipe
-from .results import write_json
 from .tasks import classifies_features, load_image_processor, make_task
 
 
@@ -114,7 +114,7 @@ def evaluate_corrupted(trainings: Iterable[Training], recipes: Path) -> None:
             last_key, batches = key, _corrupted_batches(recipe, model if classifies_features(recipe) else None)
         if classifies_features(recipe):
             read_features(model)
-        settings = {"num_inference_steps": NUM_STEPS} if training.method == "tdd" else {}
+        settings = {"num_inference_steps": NUM_STEPS} if training.method != "mdd" else {}
         report: dict[str, list[float]] = {name: [] for name, _ in batches}
         for (name, _), batch in batches.items():
             probabilities, labels = collect_probabilities(model, batch, **settings)
