@@ -13,18 +13,18 @@ TRAIN = [
     "accelerate>=1.11",
     "datasets>=4.3",
     "evaluate>=0.4.6",
-    "peft>=0.18",
+    "peft>=0.19",
     "pyyaml>=6.0",
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
     "tensorboard>=2.16.2",
     "timm>=1.0.26",
-    "torchvision>=0.21",
+    "torchvision>=0.26",
     "tqdm>=4.66.3",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
 DEMO = ["matplotlib>=3.9"]
-DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.15"]
+DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.17"]
 TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
 setup(
@@ -46,7 +46,7 @@ setup(
         "numpy>=2.0",
         "pillow>=12.1.1",
         "safetensors>=0.8",
-        "torch>=2.6",
+        "torch>=2.11",
         "transformers>=5.23,<6",
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO, "deploy": DEPLOY},

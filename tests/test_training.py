@@ -280,14 +280,14 @@ def recipe_with(task: str, *changes: str) -> Recipe:
 
 
 def test_the_methods_follow_from_the_recipe(make_model: Callable, tmp_path: Path):
-    assert methods_of(recipe_with("classification")) == ["tdd", "mdd"]
-    assert methods_of(recipe_with("classification", "model.corruption=gaussian")) == ["tdd", "mdd"]
-    assert methods_of(recipe_with("classification", "model.corruption=mask")) == ["mdd", "tdd"]
+    assert methods_of(recipe_with("classification")) == ["tdd", "mdd", "uniform"]
+    assert methods_of(recipe_with("classification", "model.corruption=gaussian")) == ["tdd", "mdd", "uniform"]
+    assert methods_of(recipe_with("classification", "model.corruption=mask")) == ["mdd", "tdd", "uniform"]
     assert methods_of(recipe_with("encoder")) == ["encoder"]
-    assert methods_of(recipe_with("captioning")) == ["tdd", "mdd", "ar", "nearest"]
+    assert methods_of(recipe_with("captioning")) == ["tdd", "mdd", "uniform", "ar", "nearest"]
     # The nearest picture is found by cached features of a trained encoder
     for changes in (["encoder=null"], ["data.streaming=true", "data.num_examples=9"]):
-        assert methods_of(recipe_with("captioning", *changes)) == ["tdd", "mdd", "ar"]
+        assert methods_of(recipe_with("captioning", *changes)) == ["tdd", "mdd", "uniform", "ar"]
     make_model(corruption="mask").save_pretrained(tmp_path)
     assert methods_of(load_recipe(ROOT / "scripts/recipes/finetune.yaml", [f"checkpoint={tmp_path}"])) == ["mdd"]
     with pytest.raises((ValueError, StrictDataclassError), match="`corruption` must be one of .*, got 'blur'"):
