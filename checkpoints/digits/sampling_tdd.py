@@ -152,10 +152,13 @@ class TokenChoice(NamedTuple):
     state: NoisyTokens
     uniform: Tensor | None
 
-    def __call__(self, logits: Tensor, places: int | slice = slice(None)) -> Tensor:
+    def __call__(self, logits: Tensor, place: int | None = None) -> Tensor:
         """Tokens of shape (rows,) of one place from logits (rows, K), or of all, (rows, N) from (rows, N, K)."""
-        chosen = to_one(logits, None if self.uniform is None else self.uniform[:, places])
-        return torch.where(self.state.is_final[:, places], self.state.tokens[:, places], chosen)
+        given = (self.state.is_final, self.state.tokens, self.uniform)
+        if place is not None:
+            given = (None if values is None else values[:, place] for values in given)
+        is_final, tokens, uniform = given
+        return torch.where(is_final, tokens, to_one(logits, uniform))
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
