@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py").read_text(), re.MULTILINE)[1]
 
 TRAIN = [
-    "accelerate>=1.11",
-    "datasets>=4.3",
+    "accelerate>=1.15",
+    "datasets>=5.0",
     "evaluate>=0.4.6",
     "peft>=0.19",
     "pyyaml>=6.0",
@@ -24,7 +24,7 @@ TRAIN = [
 ]
 EVAL = ["pycocoevalcap>=1.2"]
 DEMO = ["matplotlib>=3.9"]
-DEPLOY = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torchao>=0.17"]
+DEPLOY = ["onnx>=1.20", "onnxruntime>=1.20", "onnxscript>=0.6", "torchao>=0.18"]
 TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
 setup(

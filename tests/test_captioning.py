@@ -363,7 +363,7 @@ PAPERS_PROCESS = {
 )
 def test_eight_captions_are_learnt_by_heart(fields: dict[str, Any]) -> None:
     model = TDDForCaptioning(TDDConfig(**SMALL_CAPTIONER, **fields))
-    steps = 120 if model.config.corruption == "gaussian" else 250  # of masks, masked places alone are learned from
+    steps = 120 if model.config.timestep_sampling == "per_token" else 250  # of masks, masked places alone teach
     right, model, images, captions = learn_eight_captions(model, steps)
     assert right == 8  # and so is token F1 1
     scores = model.score(images, captions.expand(8, -1, -1))

@@ -218,13 +218,13 @@ class UniformSampler(RenoiseSampler):
 
     def start(self, known: KnownTokens, noise: Tensor | None) -> NoisyTokens:
         """The state at t = T. Of `noise`, (rows, N, 2), the random tokens are made."""
-        return self._replace(super().start(known, noise))
+        return self._replace(RenoiseSampler.start(self, known, noise))
 
     def step(
         self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
     ) -> NoisyTokens:
         """The state at `next_timestep`, int64 of shape ()."""
-        return self._replace(super().step(state, prediction, next_timestep, noise))
+        return self._replace(RenoiseSampler.step(self, state, prediction, next_timestep, noise))
 
     def _replace(self, state: NoisyTokens) -> NoisyTokens:
         uniform = torch.special.ndtr(state.noise)  # of standard normal numbers, those in (0, 1)
