@@ -218,19 +218,20 @@ class UniformSampler(RenoiseSampler):
 
     def start(self, known: KnownTokens, noise: Tensor | None) -> NoisyTokens:
         """The state at t = T. Of `noise`, (rows, N, 2), the random tokens are made."""
-        return self._replace(RenoiseSampler.start(self, known, noise))
+        return self._with_random_tokens(RenoiseSampler.start(self, known, noise))
 
     def step(
         self, state: NoisyTokens, prediction: Prediction, next_timestep: Tensor, noise: Tensor | None
     ) -> NoisyTokens:
         """The state at `next_timestep`, int64 of shape ()."""
-        return self._replace(RenoiseSampler.step(self, state, prediction, next_timestep, noise))
+        return self._with_random_tokens(RenoiseSampler.step(self, state, prediction, next_timestep, noise))
 
-    def _replace(self, state: NoisyTokens) -> NoisyTokens:
+    def _with_random_tokens(self, state: NoisyTokens) -> NoisyTokens:
         uniform = torch.special.ndtr(state.noise)  # of standard normal numbers, those in (0, 1)
         alpha_bar = self.alpha_bar[state.timesteps]
         tokens = replace_by_random_tokens(state.tokens, uniform, alpha_bar, self.num_categories)
-        return state._replace(tokens=torch.where(state.is_given, state.tokens, tokens), noise=None)
+        tokens = torch.where(state.is_given, state.tokens, tokens)
+        return NoisyTokens(tokens, state.timesteps, None, state.is_given, state.is_final)
 
 
 Sampler = RenoiseSampler | ConfidenceSampler | UnmaskingSampler
