@@ -92,7 +92,7 @@ def test_the_baseline_has_no_noise_and_its_classifier_no_steps(
     [entry] = score_checkpoint(classifier, data, "validation", grid)["scores"]
     assert entry.keys() == {"split", "num_inference_steps", "guidance_scale", "top1"}
     assert (entry["split"], entry["num_inference_steps"], entry["guidance_scale"]) == ("validation", 1, 1.0)
-    with pytest.raises(ValueError, match=r"has masks \(MDD\) and no noise that could be replaced"):
+    with pytest.raises(ValueError, match="has `corruption='mask'`: no noise that could be replaced"):
         score_checkpoint(classifier, data, "validation", grid, compare_without_noise=True)
 
 

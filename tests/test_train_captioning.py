@@ -100,5 +100,5 @@ def test_with_an_encoder_that_is_trained_too(tmp_path: Path, run_train: Callable
     assert not (folder / "features").exists()
     for method in ("tdd", "mdd"):
         check_captioner(folder / f"{method}-seed0")
-    with pytest.raises(SystemExit, match="--methods nearest: .*emoji.yaml can train tdd, mdd, ar."):
+    with pytest.raises(SystemExit, match="--methods nearest: .*emoji.yaml can train tdd, mdd, uniform, ar."):
         run_train("emoji", "--methods", "nearest", "--set", *changes)
