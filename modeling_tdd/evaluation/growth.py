@@ -78,7 +78,7 @@ def plot_growth(growth: dict[str, list[dict[str, float]]], hardware: str) -> "Fi
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
     panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel(f"ms for {BASE['batch_size']} captions")
+    panels[0].set_ylabel("ms of a call")
     figure.suptitle(
         f"{hardware}: N = {BASE['num_tokens']}, K = {BASE['vocabulary']:,}, {BASE['batch_size']} images, "
         f"{BASE['num_inference_steps']} steps, where not said otherwise (dashed: what does not grow)",
