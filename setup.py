@@ -11,14 +11,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_tdd/__init__.py
 
 TRAIN = [
     "accelerate>=1.15",
-    "datasets>=5.0",
+    "datasets>=5.2",
     "evaluate>=0.4.6",
-    "peft>=0.19",
+    "peft>=0.21",
     "pyyaml>=6.0",
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
-    "tensorboard>=2.16.2",
-    "timm>=1.0.26",
+    "tensorboard>=2.20",
+    "timm>=1.0.31",
     "torchvision>=0.26",
     "tqdm>=4.66.3",
 ]
@@ -42,7 +42,7 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "huggingface_hub>=1.31",
+        "huggingface_hub>=2.2",
         "numpy>=2.0",
         "pillow>=12.1.1",
         "safetensors>=0.8",
