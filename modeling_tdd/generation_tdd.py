@@ -23,7 +23,6 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .configuration_tdd import check_steps
-from .diffusion_tdd import NoiseSchedule
 from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig, drop_inert
 from .samplers_tdd import (
     ConfidenceSampler,
@@ -283,11 +282,10 @@ class TDDGenerationMixin:
 
     def _make_sampler(self, config: TDDGenerationConfig, device: torch.device) -> Sampler:
         end, threshold = end_tokens(config), config.confidence_threshold
+        alpha_bar = self.model.denoiser.schedule_on(device).alpha_bar
         if self.config.corruption == "mask":
-            visible_share = NoiseSchedule.from_config(self.config).to(device).alpha_bar
-            return UnmaskingSampler(visible_share, self.config.num_categories, end, threshold)
+            return UnmaskingSampler(alpha_bar, self.config.num_categories, end, threshold)
         if self.config.corruption == "uniform":
-            alpha_bar = NoiseSchedule.from_config(self.config).to(device).alpha_bar
             return UniformSampler(alpha_bar, self.config.num_categories, threshold)
         if config.sampler == "confidence":
             return ConfidenceSampler(self.config.num_timesteps, end, threshold)

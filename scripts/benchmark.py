@@ -28,6 +28,7 @@ from modeling_tdd.evaluation.benchmarks import (
     run_benchmark,
     step_jobs,
 )
+from modeling_tdd.evaluation.figures import save_figure
 from modeling_tdd.evaluation.growth import ACCELERATORS, bounds_of_a_step, measure_growth, measure_peaks, plot_growth
 from modeling_tdd.training.folders import write_json
 
@@ -65,9 +66,7 @@ def show_growth(device: torch.device, hardware: str, output: Path | None) -> Non
     print(json.dumps(result, indent=2))
     if output is not None:
         write_json(output / "growth.json", result)
-        figure = plot_growth(result["growth"], hardware)
-        for suffix in ("png", "svg"):
-            figure.savefig(output / f"growth.{suffix}", dpi=150)
+        save_figure(plot_growth(result["growth"], hardware), output / "growth")
 
 
 def main() -> None:

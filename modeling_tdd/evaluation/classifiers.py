@@ -57,7 +57,7 @@ def describe_steps(
         ([`~statistics.selective_accuracy`]), and `steps`: the mean `top1`, `entropy` in nats and `confidence` of each
         step; and whether each image was classified correctly.
     """
-    settings = {"num_inference_steps": num_steps, "num_noise_samples": 1} if has_noise(model) else {}
+    settings = {"num_inference_steps": num_steps, "num_noise_samples": 1} if denoises(model) else {}
     trajectory, labels = collect_probabilities(model, batches, **settings)
     right = trajectory.argmax(-1) == labels[:, None]
     steps = {
@@ -72,8 +72,8 @@ def describe_draws(
     model: TDDForImageClassification, batches: list[dict[str, Tensor]], num_steps: int = NUM_STEPS
 ) -> dict[str, Any]:
     """What other draws give: `samples`, as in [`describe_steps`] from four draws of the noise, and `softmax_top1`, by
-    sampling from the softmax. Empty for a model without noise, and without the latter for regression."""
-    if not has_noise(model):
+    sampling from the softmax. Empty for MDD, and without the latter for regression."""
+    if not denoises(model):
         return {}
     settings = {"num_inference_steps": num_steps}
     sampled, labels = collect_probabilities(model, batches, **settings, num_noise_samples=NUM_SAMPLES)
@@ -85,8 +85,9 @@ def describe_draws(
     return report
 
 
-def has_noise(model: TDDForImageClassification) -> bool:
-    return model.config.corruption == "gaussian"
+def denoises(model: TDDForImageClassification) -> bool:
+    """Whether it runs a loop, from noise or random labels: MDD of one token does not."""
+    return model.config.corruption != "mask"
 
 
 def _describe(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
