@@ -1,4 +1,5 @@
-"""Package metadata. Extras: `train`, `eval` (COCO's metrics), `demo` (plots), `deploy` (ONNX, int8) and `test`."""
+"""Package metadata. Extras: `train`, `eval` (COCO's metrics), `demo` (plots and the web page), `deploy` (ONNX, int8),
+`docs` (the site) and `test`."""
 
 import re
 from pathlib import Path
@@ -23,9 +24,20 @@ TRAIN = [
     "tqdm>=4.66.3",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
-DEMO = ["matplotlib>=3.9"]
+DEMO = ["gradio>=6.29", "matplotlib>=3.9", "psutil>=6.0"]
 DEPLOY = ["onnx>=1.20", "onnxruntime>=1.20", "onnxscript>=0.6", "torchao>=0.18"]
-TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
+TOOLS = [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=2.0",
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "ruff>=0.12",
+    "setuptools>=77",
+    "types-PyYAML>=6.0",
+]
+TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, *DOCS, *TOOLS]
 
 setup(
     name="modeling_tdd",
@@ -35,8 +47,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    project_urls={"Paper": "https://arxiv.org/abs/2510.01047"},
     packages=find_packages(include=["modeling_tdd", "modeling_tdd.*"]),
+    # Beside the package, which loads PyTorch when it is imported: `tdd --help` does not
+    py_modules=["tdd_cli"],
+    entry_points={"console_scripts": ["tdd = tdd_cli:main"]},
     package_data={
+        "modeling_tdd": ["py.typed"],
         "modeling_tdd.evaluation": ["metrics/*/*.py"],
         "modeling_tdd.publishing": ["card_template.md"],
     },
@@ -49,10 +66,14 @@ setup(
         "torch>=2.11",
         "transformers>=5.23,<6",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "demo": DEMO, "deploy": DEPLOY},
+    extras_require={"train": TRAIN, "eval": EVAL, "demo": DEMO, "deploy": DEPLOY, "docs": DOCS, "test": TEST},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
