@@ -45,7 +45,7 @@ setup(
     description="In-Situ Tweedie Discrete Diffusion (TDD) for Hugging Face Transformers",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     project_urls={"Paper": "https://arxiv.org/abs/2510.01047"},
     packages=find_packages(include=["modeling_tdd", "modeling_tdd.*"]),

@@ -39,7 +39,8 @@ class PrintVersion(argparse.Action):
     """Looks the version up when it is asked for: a checkout that is not installed has none."""
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
-        parser.exit(message=f"tdd {importlib.metadata.version('modeling_tdd')}\n")
+        print("tdd", importlib.metadata.version("modeling_tdd"))
+        parser.exit()
 
 
 def make_parser() -> argparse.ArgumentParser:
