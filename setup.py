@@ -19,12 +19,10 @@ TRAIN = [
     "ruamel.yaml>=0.18",
     "scikit-learn>=1.5",
     "tensorboard>=2.20",
-    "timm>=1.0.31",
-    "torchvision>=0.26",
     "tqdm>=4.66.3",
 ]
 EVAL = ["pycocoevalcap>=1.2"]
-DEMO = ["gradio>=6.29", "matplotlib>=3.9", "psutil>=6.0"]
+DEMO = ["gradio>=6.30", "matplotlib>=3.9", "psutil>=6.0"]
 DEPLOY = ["onnx>=1.20", "onnxruntime>=1.20", "onnxscript>=0.6", "torchao>=0.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 TOOLS = [
@@ -34,7 +32,7 @@ TOOLS = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.12",
-    "setuptools>=77",
+    "setuptools>=77.0.3",
     "types-PyYAML>=6.0",
 ]
 TEST = [*TRAIN, *EVAL, *DEMO, *DEPLOY, *DOCS, *TOOLS]
@@ -63,7 +61,9 @@ setup(
         "numpy>=2.0",
         "pillow>=12.1.1",
         "safetensors>=0.8",
+        "timm>=1.0.31",
         "torch>=2.11",
+        "torchvision>=0.26",
         "transformers>=5.23,<6",
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "demo": DEMO, "deploy": DEPLOY, "docs": DOCS, "test": TEST},

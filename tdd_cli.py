@@ -110,7 +110,8 @@ def make_captioner(args: argparse.Namespace) -> Any:
     from modeling_tdd import TDDForCaptioning, TDDProcessor
 
     model, processor = TDDForCaptioning.from_pretrained(args.model), TDDProcessor.from_pretrained(args.model)
-    return pipeline("image-captioning", model=model, processor=processor, device=args.device)
+    # Transformers' types know its own tasks alone
+    return pipeline("image-captioning", model=model, processor=processor, device=args.device)  # type: ignore[call-overload]
 
 
 def load_captioner(args: argparse.Namespace) -> "Describe":

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
-    BatchFeature,
     ImageClassificationPipeline,
     ImageTextToTextPipeline,
     Pipeline,
@@ -39,7 +38,7 @@ GENERATION_NAMES = set(TDDGenerationConfig._DEFAULTS) - {"return_dict_in_generat
 class Numbered(NamedTuple):
     """One of several inputs, with its number for errors."""
 
-    index: int
+    number: int
     content: Any
 
 
@@ -55,7 +54,7 @@ class TDDImageClassificationPipeline(ImageClassificationPipeline):
     def get_iterator(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().get_iterator(number(inputs), *args, **kwargs)
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
         index, image = image if isinstance(image, Numbered) else (None, image)
         return super().preprocess(open_image(image, timeout, index=index))
 
@@ -67,13 +66,14 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
     # Its code travels with every model, since Transformers' own pipelines, which a machine without this package has,
     # save the parts of a processor without it.
     processor: TDDProcessor
+    model: Any  # a captioner
 
     def __init__(self, *args: Any, **kwargs: Any):
         """As in the parent class. Raises a `ValueError` for a tokenizer that does not fit the model."""
         super().__init__(*args, **kwargs)
         self.model.check_tokenizer(self.tokenizer)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in the parent class. Raises a `ValueError` for a text without an image."""
         if images is None and (isinstance(text, str) or (text and isinstance(text[0], str))):
             raise ValueError("Give `images`: a captioner continues a text only beside an image.")
@@ -82,7 +82,9 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         first = images[0] if isinstance(images, (list, tuple)) else images
         return super().__call__(images, "" if text is None and is_image(first) else text, **kwargs)
 
-    def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> tuple[dict, ...]:
+    def _sanitize_parameters(  # type: ignore[override]
+        self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[dict, ...]:
         generate_kwargs = dict(generate_kwargs or {})
         names = set(signature(super()._sanitize_parameters).parameters) | GENERATION_NAMES
         names |= self.processor.argument_names
@@ -110,7 +112,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
         Path(save_directory, "preprocessor_config.json").unlink(missing_ok=True)  # it is in processor_config.json
 
-    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         index, inputs = inputs if isinstance(inputs, Numbered) else (None, inputs)
         if isinstance(inputs, dict) or is_image(inputs):  # and not a chat
             row = _to_row(inputs, "")
@@ -139,7 +141,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
     [[{'generated_text': 'a cat on a sofa'}, {'generated_text': 'a cat'}], [{'generated_text': 'a dog'}, ...]]
     ```"""
 
-    def __call__(self, images: Any, text: str | list[str] = "", **kwargs: Any) -> Any:
+    def __call__(self, images: Any, text: str | list[str] = "", **kwargs: Any) -> Any:  # type: ignore[override]
         r"""
         Args:
             images:
@@ -168,7 +170,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             texts = [text] * len(images) if isinstance(text, str) else text
             if len(texts) != len(images):
                 raise ValueError(f"There are {len(images)} images and {len(texts)} of `text`.")
-            rows = [_to_row(image, text, index) for index, (image, text) in enumerate(zip(images, texts))]
+            rows: Any = [_to_row(image, text, index) for index, (image, text) in enumerate(zip(images, texts))]
             return run(rows, **kwargs) if rows else []
         if not isinstance(text, str):
             raise ValueError("`text` must be one string, unless the images are a list.")
@@ -186,7 +188,9 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             f"{type(images).__name__}."
         )
 
-    def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], **kwargs: Any
+    ) -> list[dict[str, Any]]:
         """As in the parent class, without the prompt beside each caption."""
         return [
             {name: value for name, value in record.items() if name != "input_text"}
@@ -252,10 +256,10 @@ class _Stream(IterableDataset):
         return (_to_row(image, self.text, index) for index, image in enumerate(self.images))
 
 
-def prefer_for_tdd(ours: type[Pipeline]) -> type[Pipeline]:
+def prefer_for_tdd(ours: type) -> type:
     """A class to register in the place of the parent class of `ours`. For a model of TDD it makes `ours`, and for any
     other one that parent class itself as before."""
-    theirs = ours.__base__
+    theirs: Any = ours.__base__
 
     def make(cls: type, *args: Any, model: Any, **kwargs: Any) -> Pipeline:
         return (ours if model.config.model_type == "tdd" else theirs)(*args, model=model, **kwargs)

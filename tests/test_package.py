@@ -47,7 +47,16 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         described = archive.read(f"{NAME}.dist-info/METADATA").decode()
     assert "License-Expression: Apache-2.0" in described and "Requires-Python: >=3.11" in described
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", described, re.MULTILINE))  # without the extras'
-    assert required == {"huggingface_hub", "numpy", "pillow", "safetensors", "torch", "transformers"}
+    assert required == {
+        "huggingface_hub",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "timm",
+        "torch",
+        "torchvision",
+        "transformers",
+    }
 
 
 def test_the_sdist_holds_what_builds_the_wheel(built: Path) -> None:

@@ -9,9 +9,12 @@ A diffusion model has no likelihood in closed form. Two numbers stand for it her
   timesteps and noise. Any network has it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .configuration_tdd import TDDConfig
 from .loss_tdd import draw_noisy_targets
 from .samplers_tdd import follows_end, settled_timestep
 from .sampling_tdd import log_probability
@@ -20,6 +23,13 @@ from .settings_tdd import check_given
 
 class TDDLikelihoodMixin:
     """`score` for models that denoise tokens together. It stands beside `PreTrainedModel`."""
+
+    # What the model has
+    config: TDDConfig
+    model: Any
+    lm_head: nn.Module
+    training: bool
+    _fill_labels: Any
 
     @torch.no_grad()
     def score(
