@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +134,12 @@ def load_classifier(args: argparse.Namespace) -> "Describe":
     from modeling_tdd import TDDForImageClassification
 
     model = TDDForImageClassification.from_pretrained(args.model)
-    for name, value in given(args, "num_inference_steps", "guidance_scale").items():
-        setattr(model.config, name, value)
     processor = AutoImageProcessor.from_pretrained(args.model)
     classifier = pipeline("image-classification", model=model, image_processor=processor, device=args.device)
 
     def describe(image: "Image") -> tuple[dict[str, Any], list[str]]:
+        for name, value in given(args, "num_inference_steps", "guidance_scale").items():
+            setattr(model.config, name, value)  # the pipeline takes none
         labels = classifier(image, top_k=args.top_k)
         return {"labels": labels}, [", ".join(f"{label['label']} ({label['score']:.3f})" for label in labels)]
 
@@ -149,15 +150,15 @@ def load_denoising(args: argparse.Namespace) -> "Describe":
     captioner = make_captioner(args)
     model, processor = captioner.model, captioner.processor
 
-    from modeling_tdd.evaluation.trajectories import captions_at_each_step
+    from modeling_tdd.evaluation.trajectories import denoising_frames
 
     def describe(image: "Image") -> tuple[dict[str, Any], list[str]]:
         inputs = processor(images=image, **given(args, "text", "infill"), return_tensors="pt").to(model.device)
         arguments = given(args, "num_inference_steps", "guidance_scale", "seed")
         outputs = model.generate(**inputs, **arguments, return_dict_in_generate=True, output_trajectory=True)
-        steps = captions_at_each_step(model, outputs, lambda ids: processor.decode(ids, skip_special_tokens=True))
-        lines = [f"t = {timestep:4d}  {caption}" for timestep, caption in steps]
-        return {"steps": [{"timestep": timestep, "caption": caption} for timestep, caption in steps]}, lines
+        frames = denoising_frames(outputs, model.config, partial(processor.decode, skip_special_tokens=True))
+        steps = [{"timestep": frame.timestep, "caption": frame.caption, "entropy": frame.entropy} for frame in frames]
+        return {"steps": steps}, [f"t = {frame.timestep:4d}  {frame.caption}" for frame in frames]
 
     return describe
 

@@ -109,6 +109,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_served(
         (["caption", WOMAN, "--model", CAPTIONER, "--text", "a", "--infill", "b"], 2, "not allowed with argument"),
         (["classify", DIGIT, "--model", CLASSIFIER, "--top-k", "0"], 2, "must be an integer of at least 1, got '0'"),
         (["caption", WOMAN, "--model", CAPTIONER, "--num-inference-steps", "0"], 2, "`num_inference_steps` must be"),
+        (["classify", DIGIT, "--model", CLASSIFIER, "--guidance-scale", "0"], 2, "tdd: `guidance_scale` must be"),
         (["caption", WOMAN, "--model", CLASSIFIER], 1, f"'{CLASSIFIER}' cannot be loaded: A captioner needs"),
         (["classify", DIGIT, "--model", CAPTIONER], 1, f"'{CAPTIONER}' cannot be loaded: A classifier diffuses"),
         (["caption", WOMAN, "--model", "no/such"], 1, "'no/such' cannot be loaded"),
