@@ -3,7 +3,7 @@
 
 import re
 from dataclasses import fields
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -238,6 +238,10 @@ class TDDConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
     }
+
+    if TYPE_CHECKING:  # takes Transformers' own fields too, such as `num_labels`
+
+        def __init__(self, **fields: Any) -> None: ...
 
     # Image encoder
     vision_config: dict[str, Any] | PreTrainedConfig | None = None

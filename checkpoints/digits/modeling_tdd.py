@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,10 @@ class TDDPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _compiled_step: DenoisingFunction | None = None
 
+    if TYPE_CHECKING:  # Transformers' decorator hides the signature from type checkers
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in Transformers, for captions.
 
@@ -258,7 +262,7 @@ class TDDPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {sorted(missing)}.")
         return model.to(pretrained.dtype)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
@@ -782,9 +786,7 @@ class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedMode
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the checkpoint brings its own pipeline, for the task that Transformers 5 dropped."""
         from .pipeline_tdd import CUSTOM_PIPELINES  # here, so that a model does not need Transformers' pipelines
 

@@ -37,7 +37,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
     """
 
     config: AutoregressiveConfig
-    config_class = AutoregressiveConfig
+    config_class = AutoregressiveConfig  # type: ignore[assignment]
     _no_split_modules = ["GPTNeoXLayer"]
 
     def __init__(self, config: AutoregressiveConfig):
@@ -101,7 +101,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         image_features: torch.FloatTensor | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor:
+    ) -> Tensor:
         r"""
         Generates captions by greedy decoding.
 
