@@ -1,0 +1,195 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""A Gradio app that shows how a caption is denoised, and a Space of the Hub as it is (docs/demo.md).
+
+python demo/app.py --rival outputs/emoji_full/mdd-seed0
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from denoising import COLOR_MAP, Captioner, Denoised, entropy_table, highlight, read_picture
+from matplotlib.figure import Figure
+from transformers import pipeline
+
+
+HERE = Path(__file__).resolve().parent
+# In a Space the checkpoints lie beside this file, and in the repository one folder up
+SHIPPED = (HERE if (HERE / "checkpoints").exists() else HERE.parent) / "checkpoints"
+EXAMPLES = ("emoji-captions/couple.png", "emoji-captions/example.png", "digits/example.png")
+# Two cores gain little from more, and each caption in progress holds its picture
+CONCURRENCY = 4
+MAX_FILE_SIZE = "10mb"
+SECONDS_PER_STEP = 0.4
+QUEUE_SIZE = 100
+CHOICES = """A: man, woman, person
+B: light, medium-dark, dark"""
+INTRODUCTION = """# Captions by Tweedie discrete diffusion
+Drop a picture or take one of the examples, and press **Caption**. All tokens are denoised together, and each step
+predicts them anew: blue tokens are sure, orange ones are not. The shipped captioner knows emoji."""
+
+
+class View(NamedTuple):
+    """The components that show one model's denoising."""
+
+    caption: gr.Textbox
+    draft: gr.HighlightedText
+    token: gr.Dropdown
+    candidates: gr.Plot
+
+    @classmethod
+    def build(cls, name: str) -> "View":
+        with gr.Column(min_width=300):
+            return cls(
+                gr.Textbox(label=f"Caption by {name}", lines=2),
+                gr.HighlightedText(label=f"The step's draft by {name}, with probabilities", color_map=COLOR_MAP),
+                gr.Dropdown(label=f"A token of {name}", interactive=True),
+                gr.Plot(label="Its likeliest candidates by timestep"),
+            )
+
+
+class Demo:
+    """The page, and what its controls do. All visitors share the models; what is shown is each visitor's own."""
+
+    def __init__(self, captioners: list[Captioner], classifier: Any):
+        self.captioners, self.classifier = captioners, classifier
+        with gr.Blocks(title="Tweedie discrete diffusion", analytics_enabled=False) as self.page:
+            gr.Markdown(INTRODUCTION)
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    inputs, button = self._build_inputs()
+                with gr.Column(scale=2, min_width=300):
+                    self._build_outputs()
+            self._connect(inputs, button)
+
+    def _build_inputs(self) -> tuple[list[gr.components.Component], gr.Button]:
+        config = self.captioners[0].model.generation_config
+        picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+        gr.Examples([str(SHIPPED / name) for name in EXAMPLES if (SHIPPED / name).exists()], picture, label="Pictures")
+        inputs = [
+            picture,
+            gr.Textbox(label="Beginning, or a caption with blanks", placeholder="woman [MASK]: [MASK] skin tone"),
+            gr.Textbox(label="Choices, one line for each gap or whole caption", placeholder=CHOICES, lines=2),
+            gr.Slider(1, 100, value=config.num_inference_steps, step=1, label="Denoising steps"),
+            gr.Slider(0, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
+            gr.Dropdown([("the model's own", ""), "renoise", "confidence"], label="Sampler of TDD"),
+            gr.Number(0, label="Seed", precision=0, minimum=0),
+        ]
+        return inputs, gr.Button("Caption", variant="primary")
+
+    def _build_outputs(self) -> None:
+        self.results = gr.State()
+        with gr.Row():
+            self.views = [View.build(captioner.name) for captioner in self.captioners]
+        self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True)
+        self.replay = gr.Button("Replay the steps")
+        self.entropy = gr.LinePlot(x="step", y="entropy, bits", color="model", height=220, label="Mean entropy")
+        self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
+        self.label = gr.Label(label="As a handwritten digit (of another picture this says nothing)")
+
+    def _connect(self, inputs: list[gr.components.Component], button: gr.Button) -> None:
+        """Says which control calls what. Only `caption` computes much, so only its calls wait for one another."""
+        drafts = [view.draft for view in self.views]
+        captions = [view.caption for view in self.views]
+        others = [component for view in self.views for component in view[1:]]
+        private = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        done = button.click(
+            self.caption,
+            inputs,
+            [*captions, self.label, self.table, self.results],
+            api_name="caption",
+            concurrency_limit=CONCURRENCY,
+        )
+        replay = [self.results, [self.step, *drafts]]
+        plays = [
+            done.success(self.describe, self.results, [self.step, self.entropy, *others], **private).success(
+                self.play, *replay, **private
+            ),
+            self.replay.click(self.play, *replay, **private),
+        ]
+        self.step.input(self.show_step, [self.results, self.step], drafts, cancels=plays, **private)
+        for index, view in enumerate(self.views):
+            view.token.input(partial(self.plot, index), [self.results, view.token], view.candidates, **private)
+
+    def caption(
+        self, path: str | None, text: str, choices: str, steps: int, guidance: float, sampler: str, seed: int
+    ) -> Iterator[dict[Any, Any]]:
+        """Captions and classifies a picture, and shows each draft as soon as it is there."""
+        image = read_picture(path)
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
+        results = []
+        try:
+            for captioner, view in zip(self.captioners, self.views):
+                for progress in captioner.denoise(image, text, {**settings, "sampler": sampler or None}):
+                    if isinstance(progress, str):
+                        yield {view.caption: progress}
+                results.append(progress)
+        except ValueError as error:
+            raise gr.Error(str(error), title="This cannot be captioned", print_exception=False) from error
+        scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
+        yield {self.results: results, self.label: scores}
+
+    def describe(self, results: list[Denoised]) -> dict[Any, Any]:
+        """Shows the steps once they are all there, and the candidates of the token that was least sure."""
+        updates = {
+            self.step: gr.Slider(maximum=max(2, len(results[0].frames)), value=1),
+            self.entropy: entropy_table([captioner.name for captioner in self.captioners], results),
+        }
+        for captioner, view, denoised in zip(self.captioners, self.views, results):
+            names = [f"{place}: {piece.strip()}" for place, (piece, _) in enumerate(denoised.frames[-1].tokens, 1)]
+            sure = denoised.outputs.trajectory.log_probs[0, :, : len(names)].mean(0)
+            unsure = int(sure.argmin()) if names else 0
+            tokens = [(name, place) for place, name in enumerate([*names, "end"])]
+            updates[view.token] = gr.Dropdown(tokens, value=unsure)
+            updates[view.candidates] = captioner.plot(denoised, unsure)
+            updates[view.draft] = highlight(denoised.frames[0])
+        return updates
+
+    def play(self, results: list[Denoised] | None) -> Iterator[dict[Any, Any]]:
+        """Shows all steps, at a pace that a reader can follow."""
+        for step in range(1, 1 + len(results[0].frames) if results else 1):
+            yield {self.step: step, **self.show_step(results, step)}
+            time.sleep(SECONDS_PER_STEP)
+
+    def show_step(self, results: list[Denoised] | None, step: int) -> dict[Any, Any]:
+        """Shows the drafts of a step."""
+        return {view.draft: highlight(denoised.frames[:step][-1]) for view, denoised in zip(self.views, results or [])}
+
+    def plot(self, index: int, results: list[Denoised] | None, place: int | None) -> Figure | None:
+        """Draws the candidates of one place of one model's caption."""
+        return self.captioners[index].plot(results[index], place) if results and place is not None else None
+
+
+def parse_args() -> argparse.Namespace:
+    """A Space has no command line, so each option may also be an environment variable."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, description in (
+        ("model", SHIPPED / "emoji-captions", "a captioner"),
+        ("rival", None, "a captioner to show beside it, such as MDD"),
+        ("classifier", SHIPPED / "digits", "an image classifier"),
+    ):
+        variable = f"TDD_{name.upper()}"
+        text = f"{description}: a folder or model id; default: ${variable} or {default or 'none'}"
+        parser.add_argument(f"--{name}", default=os.environ.get(variable) or default, help=text)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    captioners = [Captioner(str(name)) for name in (args.model, args.rival) if name]
+    demo = Demo(captioners, pipeline("image-classification", model=str(args.classifier)))
+    demo.page.queue(max_size=QUEUE_SIZE).launch(
+        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # Gradio's own come from another server
+        max_file_size=MAX_FILE_SIZE,
+        show_error=True,
+        state_session_capacity=1000,
+    )
+
+
+if __name__ == "__main__":
+    main()

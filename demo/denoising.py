@@ -1,0 +1,127 @@
+# Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
+"""What the demo shows: a picture's drafts as they come, the steps with their tokens' probabilities, the entropies."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import gradio as gr
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from transformers import pipeline
+from transformers.generation.streamers import BaseStreamer
+
+import modeling_tdd  # noqa: F401 - registers TDD with the pipelines
+from modeling_tdd.evaluation.trajectories import (
+    DenoisingFrame,
+    confidence_color,
+    denoising_frames,
+    plot_token_trajectories,
+)
+from modeling_tdd.generation_tdd import TDDGenerationOutput
+from modeling_tdd.images_tdd import open_image
+
+
+COLOR_MAP = {f"{percent} %": confidence_color(percent / 100) for percent in range(101)}
+
+
+class Denoised(NamedTuple):
+    """What a model did with a picture: the steps, and the output of `generate`."""
+
+    frames: list[DenoisingFrame]
+    outputs: TDDGenerationOutput
+
+
+class DraftStreamer(BaseStreamer):
+    """Hands each step's draft to another thread."""
+
+    def __init__(self) -> None:
+        self.drafts: SimpleQueue[Tensor | None] = SimpleQueue()
+
+    def put(self, value: Tensor) -> None:
+        """The prompt and the caption, which the output of `generate` has too."""
+
+    def put_draft(self, draft: Tensor) -> None:
+        self.drafts.put(draft[0])
+
+    def end(self) -> None:
+        """`generate` may also end by an error, so its end is not read here."""
+
+
+class Captioner:
+    """A captioner and its name in the app."""
+
+    def __init__(self, path: str):
+        self.pipeline = pipeline("image-captioning", model=path)
+        self.model, self.processor = self.pipeline.model, self.pipeline.processor
+        self.is_masked = self.model.config.corruption == "mask"
+        self.name = f"{'MDD' if self.is_masked else 'TDD'} ({Path(path).name})"
+
+    def decode(self, tokens: Tensor) -> str:
+        return self.processor.decode(tokens, skip_special_tokens=True)
+
+    def denoise(self, image: Image.Image, text: str, settings: dict[str, Any]) -> Iterator[str | Denoised]:
+        """Yields each step's draft as soon as it is there, and what to show of all steps."""
+        texts = {"infill": text} if self.processor.tokenizer.mask_token in text else {"text": text}
+        inputs = self.processor(images=image, **texts, return_tensors="pt")
+        settings = {name: value for name, value in settings.items() if not (name == "sampler" and self.is_masked)}
+        streamer = DraftStreamer()
+        with ThreadPoolExecutor(1) as thread:
+            task = thread.submit(
+                self.model.generate,
+                **inputs,
+                **settings,
+                streamer=streamer,
+                return_dict_in_generate=True,
+                output_trajectory=True,
+            )
+            task.add_done_callback(lambda _: streamer.drafts.put(None))
+            for draft in iter(streamer.drafts.get, None):
+                yield self.decode(draft)
+            outputs = task.result()
+        yield Denoised(denoising_frames(outputs, self.model.config, self.decode), outputs)
+
+    def plot(self, denoised: Denoised, place: int) -> Figure:
+        return plot_token_trajectories(denoised.outputs, self.processor.decode, [place])
+
+
+def read_picture(path: str | None) -> Image.Image:
+    """The picture in an uploaded file. Raises a `gr.Error` that says what is wrong with it."""
+    if path is None:
+        raise gr.Error("There is no picture yet: drop one, choose a file, or take an example.", title="No picture")
+    try:
+        return open_image(Path(path).read_bytes())
+    except ValueError as error:
+        size = Path(path).stat().st_size
+        reason = f"{Path(path).name} ({size:,} bytes) cannot be read as a picture: {error.__cause__}"
+        raise gr.Error(reason, title="Not a readable picture", print_exception=False) from error
+
+
+def highlight(frame: DenoisingFrame) -> list[tuple[str, str]]:
+    """The tokens of a step, each with its probability as a label of `COLOR_MAP`."""
+    return [(piece, f"{100 * probability:.0f} %") for piece, probability in frame.tokens]
+
+
+def entropy_table(names: list[str], results: list[Denoised]) -> pd.DataFrame:
+    """The entropies of all models, a row for each step."""
+    rows = [
+        {"step": step, "entropy, bits": frame.entropy, "model": name}
+        for name, denoised in zip(names, results)
+        for step, frame in enumerate(denoised.frames, start=1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def parse_choices(text: str, caption: str) -> dict[str, list[str]] | list[str] | None:
+    """Lines such as `A: man, woman` for the gaps of a caption such as `[A] running`; of a caption without gaps, each
+    line is a whole caption. `None` if there are none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not re.search(r"\[\w+\]", caption):
+        return lines or None
+    pairs = [line.partition(":") for line in lines]
+    return {name.strip(): [word.strip() for word in words.split(",")] for name, _, words in pairs} or None
