@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-from denoising import COLOR_MAP, Captioner, Denoised, entropy_table, highlight, read_picture
+from denoising import COLOR_MAP, Captioner, Denoised, highlight, plot_entropies, read_picture
 from matplotlib.figure import Figure
 from transformers import pipeline
 
@@ -21,17 +21,26 @@ from transformers import pipeline
 HERE = Path(__file__).resolve().parent
 # In a Space the checkpoints lie beside this file, and in the repository one folder up
 SHIPPED = (HERE if (HERE / "checkpoints").exists() else HERE.parent) / "checkpoints"
-EXAMPLES = ("emoji-captions/couple.png", "emoji-captions/example.png", "digits/example.png")
+# By name: picture, beginning or caption with blanks, and choices
+EXAMPLES = {
+    "A couple": [str(SHIPPED / "emoji-captions/couple.png"), "", ""],
+    "A climber": [str(SHIPPED / "emoji-captions/example.png"), "", ""],
+    "A climber, with blanks": [str(SHIPPED / "emoji-captions/example.png"), "man [MASK]: [MASK] skin tone", ""],
+    "A handwritten digit": [str(SHIPPED / "digits/example.png"), "", ""],
+}
 # Two cores gain little from more, and each caption in progress holds its picture
 CONCURRENCY = 4
 MAX_FILE_SIZE = "10mb"
 SECONDS_PER_STEP = 0.4
 QUEUE_SIZE = 100
+BLANKS = "woman [MASK]: [MASK] skin tone"
 CHOICES = """A: man, woman, person
 B: light, medium-dark, dark"""
+CSS = ".token .label { color: black }"  # Gradio's is white, for darker colours than ours
 INTRODUCTION = """# Captions by Tweedie discrete diffusion
-Drop a picture or take one of the examples, and press **Caption**. All tokens are denoised together, and each step
-predicts them anew: blue tokens are sure, orange ones are not. The shipped captioner knows emoji."""
+Drop a picture or take an example, and press **Caption**. All tokens are denoised together, and each step predicts
+them anew: blue tokens are sure, orange ones are not. The shipped models know emoji and handwritten digits, no more.
+"""
 
 
 class View(NamedTuple):
@@ -41,16 +50,6 @@ class View(NamedTuple):
     draft: gr.HighlightedText
     token: gr.Dropdown
     candidates: gr.Plot
-
-    @classmethod
-    def build(cls, name: str) -> "View":
-        with gr.Column(min_width=300):
-            return cls(
-                gr.Textbox(label=f"Caption by {name}", lines=2),
-                gr.HighlightedText(label=f"The step's draft by {name}, with probabilities", color_map=COLOR_MAP),
-                gr.Dropdown(label=f"A token of {name}", interactive=True),
-                gr.Plot(label="Its likeliest candidates by timestep"),
-            )
 
 
 class Demo:
@@ -70,11 +69,14 @@ class Demo:
     def _build_inputs(self) -> tuple[list[gr.components.Component], gr.Button]:
         config = self.captioners[0].model.generation_config
         picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
-        gr.Examples([str(SHIPPED / name) for name in EXAMPLES if (SHIPPED / name).exists()], picture, label="Pictures")
-        inputs = [
-            picture,
-            gr.Textbox(label="Beginning, or a caption with blanks", placeholder="woman [MASK]: [MASK] skin tone"),
-            gr.Textbox(label="Choices, one line for each gap or whole caption", placeholder=CHOICES, lines=2),
+        text = gr.Textbox(label="Beginning, or a caption with blanks", placeholder=BLANKS, render=False)
+        choices = gr.Textbox(label="Choices: a line for each gap", placeholder=CHOICES, lines=2, render=False)
+        examples = {name: row for name, row in EXAMPLES.items() if Path(row[0]).exists()}
+        inputs = [picture, text, choices]
+        gr.Examples(list(examples.values()), inputs, label="Examples", example_labels=list(examples))
+        text.render()
+        choices.render()
+        inputs += [
             gr.Slider(1, 100, value=config.num_inference_steps, step=1, label="Denoising steps"),
             gr.Slider(0, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
             gr.Dropdown([("the model's own", ""), "renoise", "confidence"], label="Sampler of TDD"),
@@ -83,14 +85,26 @@ class Demo:
         return inputs, gr.Button("Caption", variant="primary")
 
     def _build_outputs(self) -> None:
-        self.results = gr.State()
+        self.results, names = gr.State(), [captioner.name for captioner in self.captioners]
+        captions, drafts, tokens, candidates = [], [], [], []
         with gr.Row():
-            self.views = [View.build(captioner.name) for captioner in self.captioners]
-        self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True)
-        self.replay = gr.Button("Replay the steps")
-        self.entropy = gr.LinePlot(x="step", y="entropy, bits", color="model", height=220, label="Mean entropy")
+            for name in names:
+                with gr.Column(min_width=300):
+                    captions.append(gr.Textbox(label=f"Caption by {name}", lines=2))
+                    drafts.append(gr.HighlightedText(label="Draft of the step shown", color_map=COLOR_MAP))
+        with gr.Row():
+            self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True, scale=3, min_width=300)
+            self.replay = gr.Button("Replay the steps", min_width=140)
+        with gr.Row():
+            for name in names:
+                with gr.Column(min_width=300):
+                    tokens.append(gr.Dropdown(label=f"Candidates of a token of {name}", interactive=True))
+                    candidates.append(gr.Plot(show_label=False))
+        self.views = [View(*components) for components in zip(captions, drafts, tokens, candidates)]
         self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
-        self.label = gr.Label(label="As a handwritten digit (of another picture this says nothing)")
+        with gr.Row():
+            self.entropy = gr.Plot(show_label=False)
+            self.label = gr.Label(label="Read as a handwritten digit")
 
     def _connect(self, inputs: list[gr.components.Component], button: gr.Button) -> None:
         """Says which control calls what. Only `caption` computes much, so only its calls wait for one another."""
@@ -122,23 +136,25 @@ class Demo:
         """Captions and classifies a picture, and shows each draft as soon as it is there."""
         image = read_picture(path)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
-        results = []
+        results, drafts = [], {}
         try:
             for captioner, view in zip(self.captioners, self.views):
                 for progress in captioner.denoise(image, text, {**settings, "sampler": sampler or None}):
                     if isinstance(progress, str):
-                        yield {view.caption: progress}
+                        drafts[view.caption] = progress
+                        yield drafts
                 results.append(progress)
         except ValueError as error:
             raise gr.Error(str(error), title="This cannot be captioned", print_exception=False) from error
         scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
-        yield {self.results: results, self.label: scores}
+        yield {**drafts, self.results: results, self.label: scores}
 
     def describe(self, results: list[Denoised]) -> dict[Any, Any]:
         """Shows the steps once they are all there, and the candidates of the token that was least sure."""
+        names = [captioner.name for captioner in self.captioners]
         updates = {
             self.step: gr.Slider(maximum=max(2, len(results[0].frames)), value=1),
-            self.entropy: entropy_table([captioner.name for captioner in self.captioners], results),
+            self.entropy: plot_entropies(names, results),
         }
         for captioner, view, denoised in zip(self.captioners, self.views, results):
             names = [f"{place}: {piece.strip()}" for place, (piece, _) in enumerate(denoised.frames[-1].tokens, 1)]
@@ -185,6 +201,7 @@ def main() -> None:
     demo = Demo(captioners, pipeline("image-classification", model=str(args.classifier)))
     demo.page.queue(max_size=QUEUE_SIZE).launch(
         theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # Gradio's own come from another server
+        css=CSS,
         max_file_size=MAX_FILE_SIZE,
         show_error=True,
         state_session_capacity=1000,

@@ -2,14 +2,14 @@
 """What the demo shows: a picture's drafts as they come, the steps with their tokens' probabilities, the entropies."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import gradio as gr
-import pandas as pd
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_tdd  # noqa: F401 - registers TDD with the pipelines
+from modeling_tdd.evaluation.figures import Panel, plot_panels
 from modeling_tdd.evaluation.trajectories import (
     DenoisingFrame,
     confidence_color,
@@ -107,14 +108,16 @@ def highlight(frame: DenoisingFrame) -> list[tuple[str, str]]:
     return [(piece, f"{100 * probability:.0f} %") for piece, probability in frame.tokens]
 
 
-def entropy_table(names: list[str], results: list[Denoised]) -> pd.DataFrame:
-    """The entropies of all models, a row for each step."""
-    rows = [
-        {"step": step, "entropy, bits": frame.entropy, "model": name}
+def plot_entropies(names: Sequence[str], results: Sequence[Denoised]) -> Figure:
+    """The entropy of each model's drafts by step."""
+    lines = {
+        name: (range(1, 1 + len(denoised.frames)), np.array([[frame.entropy for frame in denoised.frames]]))
         for name, denoised in zip(names, results)
-        for step, frame in enumerate(denoised.frames, start=1)
-    ]
-    return pd.DataFrame(rows)
+    }
+    steps = max(len(denoised.frames) for denoised in results)
+    ticks = range(1, 1 + steps, -(-steps // 10))
+    panel = Panel("Mean entropy of the tokens' predictions", "denoising step", "bits", lines, ticks=ticks)
+    return plot_panels([panel], names)
 
 
 def parse_choices(text: str, caption: str) -> dict[str, list[str]] | list[str] | None:
