@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """A Gradio app that shows how a caption is denoised, and a Space of the Hub as it is (docs/demo.md).
 
-python demo/app.py --rival outputs/emoji_full/mdd-seed0
+    python demo/app.py --rival outputs/emoji_full/mdd-seed0
+
+Needs pip install -e ".[demo]". A Space has no command line: there the options are variables.
 """
 
 import argparse
@@ -13,7 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-from denoising import COLOR_MAP, Captioner, Denoised, highlight, plot_entropies, read_picture
+from denoising import (
+    COLOR_MAP,
+    Captioner,
+    Denoised,
+    highlight,
+    parse_choices,
+    plot_entropies,
+    read_picture,
+    tabulate_choices,
+)
 from matplotlib.figure import Figure
 from transformers import pipeline
 
@@ -21,21 +32,22 @@ from transformers import pipeline
 HERE = Path(__file__).resolve().parent
 # In a Space the checkpoints lie beside this file, and in the repository one folder up
 SHIPPED = (HERE if (HERE / "checkpoints").exists() else HERE.parent) / "checkpoints"
+BLANKS = "woman [MASK]: [MASK] skin tone"
+CHOICES = """A: man, woman, person
+B: light, medium-dark, dark"""
 # By name: picture, beginning or caption with blanks, and choices
 EXAMPLES = {
     "A couple": [str(SHIPPED / "emoji-captions/couple.png"), "", ""],
     "A climber": [str(SHIPPED / "emoji-captions/example.png"), "", ""],
     "A climber, with blanks": [str(SHIPPED / "emoji-captions/example.png"), "man [MASK]: [MASK] skin tone", ""],
+    "A climber, with choices": [str(SHIPPED / "emoji-captions/example.png"), "[A] climbing: [B] skin tone", CHOICES],
     "A handwritten digit": [str(SHIPPED / "digits/example.png"), "", ""],
 }
-# Two cores gain little from more, and each caption in progress holds its picture
-CONCURRENCY = 4
+# Captions computed at once. The models are safe for threads, and the free machine of a Space has two cores
+CONCURRENCY = 2
 MAX_FILE_SIZE = "10mb"
 SECONDS_PER_STEP = 0.4
 QUEUE_SIZE = 100
-BLANKS = "woman [MASK]: [MASK] skin tone"
-CHOICES = """A: man, woman, person
-B: light, medium-dark, dark"""
 CSS = ".token .label { color: black }"  # Gradio's is white, for darker colours than ours
 INTRODUCTION = """# Captions by Tweedie discrete diffusion
 Drop a picture or take an example, and press **Caption**. All tokens are denoised together, and each step predicts
@@ -70,7 +82,9 @@ class Demo:
         config = self.captioners[0].model.generation_config
         picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
         text = gr.Textbox(label="Beginning, or a caption with blanks", placeholder=BLANKS, render=False)
-        choices = gr.Textbox(label="Choices: a line for each gap", placeholder=CHOICES, lines=2, render=False)
+        choices = gr.Textbox(
+            label="Choices: a line for each gap, or whole captions", placeholder=CHOICES, lines=2, render=False
+        )
         examples = {name: row for name, row in EXAMPLES.items() if Path(row[0]).exists()}
         inputs = [picture, text, choices]
         gr.Examples(list(examples.values()), inputs, label="Examples", example_labels=list(examples))
@@ -87,6 +101,7 @@ class Demo:
     def _build_outputs(self) -> None:
         self.results, names = gr.State(), [captioner.name for captioner in self.captioners]
         captions, drafts, tokens, candidates = [], [], [], []
+        self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
         with gr.Row():
             for name in names:
                 with gr.Column(min_width=300):
@@ -101,7 +116,6 @@ class Demo:
                     tokens.append(gr.Dropdown(label=f"Candidates of a token of {name}", interactive=True))
                     candidates.append(gr.Plot(show_label=False))
         self.views = [View(*components) for components in zip(captions, drafts, tokens, candidates)]
-        self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
         with gr.Row():
             self.entropy = gr.Plot(show_label=False)
             self.label = gr.Label(label="Read as a handwritten digit")
@@ -135,19 +149,22 @@ class Demo:
     ) -> Iterator[dict[Any, Any]]:
         """Captions and classifies a picture, and shows each draft as soon as it is there."""
         image = read_picture(path)
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
-        results, drafts = [], {}
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "sampler": sampler or None}
+        results, shown = [], {}
         try:
             for captioner, view in zip(self.captioners, self.views):
-                for progress in captioner.denoise(image, text, {**settings, "sampler": sampler or None}):
+                for progress in captioner.denoise(image, text, parse_choices(choices, text), settings):
                     if isinstance(progress, str):
-                        drafts[view.caption] = progress
-                        yield drafts
+                        shown[view.caption] = progress
+                        yield shown
                 results.append(progress)
+                shown[view.caption] = progress.frames[-1].caption
         except ValueError as error:
             raise gr.Error(str(error), title="This cannot be captioned", print_exception=False) from error
         scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
-        yield {**drafts, self.results: results, self.label: scores}
+        names = [captioner.name for captioner in self.captioners]
+        table = gr.Dataframe(tabulate_choices(names, results), visible=bool(results[0].choices))
+        yield {**shown, self.table: table, self.results: results, self.label: scores}
 
     def describe(self, results: list[Denoised]) -> dict[Any, Any]:
         """Shows the steps once they are all there, and the candidates of the token that was least sure."""

@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """What the demo shows: a picture's drafts as they come, the steps with their tokens' probabilities, the entropies."""
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,16 +25,18 @@ from modeling_tdd.evaluation.trajectories import (
 )
 from modeling_tdd.generation_tdd import TDDGenerationOutput
 from modeling_tdd.images_tdd import open_image
+from modeling_tdd.processing_tdd import Choices
 
 
 COLOR_MAP = {f"{percent} %": confidence_color(percent / 100) for percent in range(101)}
 
 
 class Denoised(NamedTuple):
-    """What a model did with a picture: the steps, and the output of `generate`."""
+    """What a model did with a picture: the steps, the output of `generate`, and the probabilities of choices."""
 
     frames: list[DenoisingFrame]
     outputs: TDDGenerationOutput
+    choices: dict[str, Any]
 
 
 class DraftStreamer(BaseStreamer):
@@ -66,11 +67,15 @@ class Captioner:
     def decode(self, tokens: Tensor) -> str:
         return self.processor.decode(tokens, skip_special_tokens=True)
 
-    def denoise(self, image: Image.Image, text: str, settings: dict[str, Any]) -> Iterator[str | Denoised]:
-        """Yields each step's draft as soon as it is there, and what to show of all steps."""
-        texts = {"infill": text} if self.processor.tokenizer.mask_token in text else {"text": text}
+    def denoise(
+        self, image: Image.Image, text: str, choices: Choices | None, settings: dict[str, Any]
+    ) -> Iterator[str | Denoised]:
+        """Yields each step's draft as soon as it is there, and at last what to show of all steps."""
+        has_blanks = choices is not None or self.processor.tokenizer.mask_token in text
+        texts = {"infill": text or None, "choices": choices} if has_blanks else {"text": text}
         inputs = self.processor(images=image, **texts, return_tensors="pt")
-        settings = {name: value for name, value in settings.items() if not (name == "sampler" and self.is_masked)}
+        if self.is_masked:  # there is no choice of a sampler
+            settings = {**settings, "sampler": None}
         streamer = DraftStreamer()
         with ThreadPoolExecutor(1) as thread:
             task = thread.submit(
@@ -83,9 +88,14 @@ class Captioner:
             )
             task.add_done_callback(lambda _: streamer.drafts.put(None))
             for draft in iter(streamer.drafts.get, None):
-                yield self.decode(draft)
+                if choices is None:  # else it is the first choice, and not the most probable one
+                    yield self.decode(draft)
             outputs = task.result()
-        yield Denoised(denoising_frames(outputs, self.model.config, self.decode), outputs)
+        frames = denoising_frames(outputs, self.model.config, self.decode)
+        ranked = {}
+        if choices is not None:
+            ranked = self.processor.post_process_choices(outputs.candidate_probs, choices)[0]
+        yield Denoised(frames, outputs, ranked)
 
     def plot(self, denoised: Denoised, place: int) -> Figure:
         return plot_token_trajectories(denoised.outputs, self.processor.decode, [place])
@@ -120,11 +130,22 @@ def plot_entropies(names: Sequence[str], results: Sequence[Denoised]) -> Figure:
     return plot_panels([panel], names)
 
 
-def parse_choices(text: str, caption: str) -> dict[str, list[str]] | list[str] | None:
-    """Lines such as `A: man, woman` for the gaps of a caption such as `[A] running`; of a caption without gaps, each
-    line is a whole caption. `None` if there are none."""
+def parse_choices(text: str, caption: str) -> Choices | None:
+    """What a caption may be. Beside one with gaps, such as `[A] running`, each line has the choices of a gap, such as
+    `A: man, woman`. Beside an empty one each line is a whole caption. `None` for no lines."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not re.search(r"\[\w+\]", caption):
+    if not caption.strip():
         return lines or None
     pairs = [line.partition(":") for line in lines]
     return {name.strip(): [word.strip() for word in words.split(",")] for name, _, words in pairs} or None
+
+
+def tabulate_choices(names: Sequence[str], results: Sequence[Denoised]) -> list[list[str]]:
+    """Rows of a model, a gap, a choice and its probability."""
+    rows = []
+    for name, denoised in zip(names, results):
+        for key, value in denoised.choices.items():
+            scores = value if isinstance(value, dict) else {key: value}
+            gap = key if isinstance(value, dict) else "caption"
+            rows += [[name, gap, choice, f"{probability:.1%}"] for choice, probability in scores.items()]
+    return rows
