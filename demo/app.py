@@ -81,6 +81,8 @@ class Demo:
     def _build_inputs(self) -> tuple[list[gr.components.Component], gr.Button]:
         config = self.captioners[0].model.generation_config
         picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+        # Gradio would open the file, with errors that quote its own code
+        picture.preprocess = lambda upload: upload and upload.path
         text = gr.Textbox(label="Beginning, or a caption with blanks", placeholder=BLANKS, render=False)
         choices = gr.Textbox(
             label="Choices: a line for each gap, or whole captions", placeholder=CHOICES, lines=2, render=False
@@ -160,7 +162,7 @@ class Demo:
                 results.append(progress)
                 shown[view.caption] = progress.frames[-1].caption
         except ValueError as error:
-            raise gr.Error(str(error), title="This cannot be captioned", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
         scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
         names = [captioner.name for captioner in self.captioners]
         table = gr.Dataframe(tabulate_choices(names, results), visible=bool(results[0].choices))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -104,13 +104,15 @@ class Captioner:
 def read_picture(path: str | None) -> Image.Image:
     """The picture in an uploaded file. Raises a `gr.Error` that says what is wrong with it."""
     if path is None:
-        raise gr.Error("There is no picture yet: drop one, choose a file, or take an example.", title="No picture")
+        raise gr.Error("There is no picture yet: drop one, choose a file, or take an example.")
     try:
         return open_image(Path(path).read_bytes())
     except ValueError as error:
-        size = Path(path).stat().st_size
-        reason = f"{Path(path).name} ({size:,} bytes) cannot be read as a picture: {error.__cause__}"
-        raise gr.Error(reason, title="Not a readable picture", print_exception=False) from error
+        is_other = isinstance(error.__cause__, UnidentifiedImageError)
+        reason = "it has no known image format" if is_other else error.__cause__
+        name, size = Path(path).name, Path(path).stat().st_size
+        message = f"{name} ({size:,} bytes) cannot be read as a picture: {reason}"
+        raise gr.Error(message, print_exception=False) from error
 
 
 def highlight(frame: DenoisingFrame) -> list[tuple[str, str]]:
