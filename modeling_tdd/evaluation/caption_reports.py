@@ -20,7 +20,7 @@ from .claims import PAPER_CLIP_SCORES
 from .figures import save_figure
 from .scoring import load_checkpoint, predict
 from .tables import markdown_table
-from .trajectories import captions_at_each_step, plot_token_trajectories
+from .trajectories import denoising_frames, plot_token_trajectories
 
 
 if TYPE_CHECKING:
@@ -134,8 +134,9 @@ def plot_drafts(model: TDDForCaptioning, processor: TDDProcessor, images: Sequen
     """Fig. 9: what the loop has at each step, for each image."""
     decode, texts = partial(processor.decode, skip_special_tokens=True), []
     for image in images:
-        drafts = captions_at_each_step(model, run_loop(model, processor, image), decode)
-        texts.append("\n".join(f"t = {t:4d}   {textwrap.shorten(text, 90)}" for t, text in drafts))
+        frames = denoising_frames(run_loop(model, processor, image), model.config, decode)
+        lines = [f"t = {frame.timestep:4d}   {textwrap.shorten(frame.caption, 90)}" for frame in frames]
+        texts.append("\n".join(lines))
     return plot_pictures(images, texts, columns=1)
 
 
@@ -164,7 +165,7 @@ def plot_tokens(model: TDDForCaptioning, processor: TDDProcessor, image: Image.I
         return processor.decode(tokens, skip_special_tokens=False).strip()
 
     num_places = int((outputs.sequences[0] != model.config.pad_token_id).sum())
-    return plot_token_trajectories(outputs, decode, max(1, num_places))
+    return plot_token_trajectories(outputs, decode, range(max(1, num_places)))
 
 
 def run_loop(model: TDDForCaptioning, processor: TDDProcessor, image: Image.Image) -> Any:

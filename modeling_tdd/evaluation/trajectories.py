@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_tdd.configuration_tdd import TDDConfig
-from modeling_tdd.generation_tdd import TDDGenerationOutput, end_tokens
+from modeling_tdd.fixed_tokens_tdd import end_tokens
+from modeling_tdd.generation_tdd import TDDGenerationOutput
 
 from .step_curves import COLORS, GREY
 
@@ -147,7 +148,8 @@ def plot_token_trajectories(
     timesteps = trajectory.timesteps.tolist()
     columns = min(NUM_COLUMNS, len(places))
     rows = math.ceil(len(places) / columns)
-    figure = Figure(figsize=(3.2 * columns, 1.7 * rows + 0.6), layout="constrained")
+    # The axis' and the scale's names need some room, also beside a single heatmap
+    figure = Figure(figsize=(max(5.0, 3.2 * columns), max(3.0, 1.7 * rows + 0.6)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     for axes in grid.flat[len(places) :]:
@@ -164,7 +166,7 @@ def plot_token_trajectories(
         shown = range(0, len(timesteps), math.ceil(len(timesteps) / 6))
         axes.set_xticks(shown, [str(timesteps[step]) for step in shown], fontsize=7)
     figure.supxlabel("timestep t: noise on the left, the caption on the right", fontsize=9)
-    figure.colorbar(image, ax=grid, label="probability (white: not among the step's best)", shrink=0.8)
+    figure.colorbar(image, ax=grid, shrink=0.8).set_label("probability (white: not among the best)", fontsize=9)
     return figure
 
 
