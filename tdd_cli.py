@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="captions to choose from; with --infill a gap's name and its texts, once for each gap",
     )
     caption.add_argument("--num-return-sequences", type=int, metavar="N", help="captions of each image")
+    caption.add_argument("--num-candidates", type=int, metavar="N", help="draw so many captions and rank them")
     caption.add_argument("--do-sample", action="store_true", default=None, help="draw captions at random")
     classify.add_argument("--top-k", type=positive, default=5, metavar="K", help="number of labels; default: 5")
     return parser
@@ -118,14 +119,26 @@ def make_captioner(args: argparse.Namespace) -> Any:
 def load_captioner(args: argparse.Namespace) -> "Describe":
     captioner = make_captioner(args)
     arguments = given(args, "text", "infill", "choices", "num_inference_steps", "guidance_scale", "seed")
-    arguments |= given(args, "num_return_sequences", "do_sample")
+    arguments |= given(args, "num_return_sequences", "num_candidates", "do_sample")
 
     def describe(image: "Image") -> tuple[dict[str, Any], list[str]]:
         captions = captioner(image, **arguments)
-        scores = [f" ({caption['score']:.3f})" if "score" in caption else "" for caption in captions]
-        return {"captions": captions}, [f"{caption['generated_text']}{s}" for caption, s in zip(captions, scores)]
+        return {"captions": captions}, [line for caption in captions for line in caption_lines(caption)]
 
     return describe
+
+
+def caption_lines(caption: dict[str, Any]) -> list[str]:
+    """A caption, with its score where captions were ranked, and a line for each gap with choices."""
+    score = f" ({caption['score']:.3f})" if "score" in caption else ""
+    gaps = {name: texts for name, texts in caption.get("choices", {}).items() if isinstance(texts, dict)}
+    return [caption["generated_text"] + score, *(f"  {name}: {with_scores(texts)}" for name, texts in gaps.items())]
+
+
+def with_scores(scores: dict[str, float]) -> str:
+    """Texts with their scores, the likeliest first."""
+    ranked = sorted(scores.items(), key=lambda item: -item[1])
+    return ", ".join(f"{text} ({score:.3f})" for text, score in ranked)
 
 
 def load_classifier(args: argparse.Namespace) -> "Describe":
@@ -141,7 +154,7 @@ def load_classifier(args: argparse.Namespace) -> "Describe":
         for name, value in given(args, "num_inference_steps", "guidance_scale").items():
             setattr(model.config, name, value)  # the pipeline takes none
         labels = classifier(image, top_k=args.top_k)
-        return {"labels": labels}, [", ".join(f"{label['label']} ({label['score']:.3f})" for label in labels)]
+        return {"labels": labels}, [with_scores({label["label"]: label["score"] for label in labels})]
 
     return describe
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,11 @@ def test_an_unreadable_image_is_named_and_the_others_are_served(
         (["classify", DIGIT, "--model", CLASSIFIER, "--top-k", "0"], 2, "must be an integer of at least 1, got '0'"),
         (["caption", WOMAN, "--model", CAPTIONER, "--num-inference-steps", "0"], 2, "`num_inference_steps` must be"),
         (["classify", DIGIT, "--model", CLASSIFIER, "--guidance-scale", "0"], 2, "tdd: `guidance_scale` must be"),
+        (
+            ["caption", WOMAN, "--model", CAPTIONER, "--infill", "[A] running", "--choices", "B", "man"],
+            2,
+            "tdd: `choices`: [B] must stand once",
+        ),
         (["caption", WOMAN, "--model", CLASSIFIER], 1, f"'{CLASSIFIER}' cannot be loaded: A captioner needs"),
         (["classify", DIGIT, "--model", CAPTIONER], 1, f"'{CAPTIONER}' cannot be loaded: A classifier diffuses"),
         (["caption", WOMAN, "--model", "no/such"], 1, "'no/such' cannot be loaded"),
@@ -119,6 +125,24 @@ def test_an_unreadable_image_is_named_and_the_others_are_served(
 def test_errors(capfd: pytest.CaptureFixture[str], arguments: list[str | Path], status: int, message: str) -> None:
     given, lines, errors = run(capfd, *arguments)
     assert (given, lines) == (status, []) and message in errors and "Traceback" not in errors
+
+
+def test_choices(capfd: pytest.CaptureFixture[str]) -> None:
+    gaps = {"A": ["man", "woman", "person"], "B": ["light", "medium-dark"]}
+    options = ["--infill", "[A] climbing: [B] skin tone"]
+    options += [word for name, texts in gaps.items() for word in ("--choices", name, *texts)]
+    status, lines, _ = run(capfd, "caption", WOMAN, "--model", CAPTIONER, *options, "--json")
+    captioner = pipeline("image-captioning", model=str(CAPTIONER))
+    expected = captioner(str(WOMAN), infill="[A] climbing: [B] skin tone", choices=gaps)
+    assert status == 0 and json.loads(lines[0])["captions"] == expected
+    lines = run(capfd, "caption", WOMAN, "--model", CAPTIONER, *options)[1]
+    assert re.fullmatch(r"woman climbing: light skin tone \(0\.\d{3}\)", lines[0])
+    assert re.fullmatch(r"  A: woman \(0\.99\d\), \w+ \(0\.00\d\), \w+ \(0\.00\d\)", lines[1])
+    assert len(lines) == 3 and lines[2].startswith("  B: light (0.")
+
+    whole = ("--choices", "man running", "woman climbing: dark skin tone")
+    lines = run(capfd, "caption", WOMAN, "--model", CAPTIONER, *whole, "--num-return-sequences", "2")[1]
+    assert lines == ["woman climbing: dark skin tone (1.000)", "man running (0.000)"]
 
 
 def test_choices_are_read_by_gap_or_as_captions() -> None:

@@ -133,7 +133,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         encoded["text"] = encoded["text"] or ""  # which is put before each caption
         return encoded
 
-    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> Any:
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: Any = None) -> Any:  # type: ignore[override]
         """As in the parent class, with the probabilities of candidates where they are ranked."""
         text = model_inputs.pop("text")
         settings = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
