@@ -14,6 +14,7 @@ TRAIN = [
     "accelerate>=1.15",
     "datasets>=5.2",
     "evaluate>=0.4.6",
+    "matplotlib>=3.9",
     "peft>=0.21",
     "pyyaml>=6.0",
     "ruamel.yaml>=0.18",
