@@ -68,9 +68,9 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
 
     def forward(
         self,
-        labels: torch.LongTensor,
-        pixel_values: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -99,8 +99,8 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         r"""
