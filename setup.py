@@ -27,7 +27,7 @@ DEMO = ["gradio>=6.30", "matplotlib>=3.9", "psutil>=6.0"]
 DEPLOY = ["onnx>=1.20", "onnxruntime>=1.20", "onnxscript>=0.6", "torchao>=0.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 TOOLS = [
-    "build>=1.2",
+    "build>=1.2.1",
     "hypothesis>=6.100",
     "mypy>=2.0",
     "pytest>=8.0",
