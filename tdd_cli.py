@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="append",
         metavar="TEXT",
-        help="captions to choose from; with --infill a gap's name and its texts, once for each gap",
+        help="behind the images: captions to choose from; with --infill a gap's name and its texts, once a gap",
     )
     caption.add_argument("--num-return-sequences", type=int, metavar="N", help="captions of each image")
     caption.add_argument("--num-candidates", type=int, metavar="N", help="draw so many captions and rank them")
