@@ -62,7 +62,7 @@ class Captioner:
         self.pipeline = pipeline("image-captioning", model=path)
         self.model, self.processor = self.pipeline.model, self.pipeline.processor
         self.is_masked = self.model.config.corruption == "mask"
-        self.name = f"{'MDD' if self.is_masked else 'TDD'} ({Path(path).name})"
+        self.name = f"{'MDD' if self.is_masked else 'TDD'} ({'/'.join(Path(path).parts[-2:])})"
 
     def decode(self, tokens: Tensor) -> str:
         return self.processor.decode(tokens, skip_special_tokens=True)
