@@ -263,9 +263,9 @@ def test_a_visitor_gets_captions_and_a_digit(address: str) -> None:
 
 def test_a_visitor_sees_drafts(address: str) -> None:
     job = Client(address, verbose=False).submit(handle_file(COUPLE), "", "", 10, 1.0, "", 0, api_name="/caption")
-    job.result()
-    drafts = list(dict.fromkeys(output[0] for output in job.outputs()))
-    assert len(drafts) > 2 and "tone-dark" in drafts[0] and drafts[-1].endswith("medium-dark skin tone")
+    drafts = list(dict.fromkeys(output[0] for output in job))
+    assert len(drafts) > 2 and drafts[0].endswith("tone-dark skin tone")
+    assert job.result()[0].endswith(" medium-dark skin tone")
 
 
 def test_a_visitor_fills_blanks_and_chooses(address: str) -> None:
@@ -278,8 +278,8 @@ def test_a_visitor_fills_blanks_and_chooses(address: str) -> None:
 
 
 def test_users_at_once_get_their_own_captions(address: str) -> None:
-    pictures = [COUPLE, CLIMBER, DIGITS / "example.png"] * 3
-    alone = [ask(address, picture)[0] for picture in pictures[:3]] * 3
+    pictures = [COUPLE, CLIMBER, DIGITS / "example.png"] * 2
+    alone = [ask(address, picture)[0] for picture in pictures[:3]] * 2
     with ThreadPoolExecutor(len(pictures)) as users:
         assert [answer[0] for answer in users.map(lambda picture: ask(address, picture), pictures)] == alone
     assert len(set(alone)) == 3
@@ -301,7 +301,7 @@ def test_what_is_wrong_is_said(address: str, tmp_path: Path) -> None:
     with pytest.raises(AppError, match=r"must stand once"):
         ask(address, CLIMBER, "woman [MASK]", "A: man")
     (tmp_path / "heavy.png").write_bytes(bytes(11 << 20))
-    with pytest.raises(Exception, match="413"):
+    with pytest.raises(ValueError, match="exceeds the maximum file size"):
         ask(address, tmp_path / "heavy.png")
 
 
