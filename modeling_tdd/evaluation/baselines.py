@@ -13,6 +13,7 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration_tdd import TDDConfig
 from ..modeling_tdd import TDDConnector, TDDModel, TDDPreTrainedModel
+from ..sampling_tdd import log_probability
 from ..settings_tdd import check_value_range
 
 
@@ -121,6 +122,29 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
             **kwargs,
         )
         return nn.functional.pad(sequences, (0, length - sequences.shape[1]), value=self.config.pad_token_id)
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_features: Tensor | None = None,
+        max_rows: int = 256,
+    ) -> Tensor:
+        """The log-likelihoods of captions, as [`~TDDLikelihoodMixin.score`] returns those of TDD."""
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        rows = labels.flatten(0, -2).masked_fill(labels.flatten(0, -2) == -100, self.config.pad_token_id)
+        images = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(rows) // len(prefix))
+        scores = []
+        for own, tokens in zip(images.split(max_rows), rows.split(max_rows)):
+            log_probs = log_probability(self.next_logits(prefix[own], tokens)[:, :-1].float(), tokens)
+            scores.append(log_probs.masked_fill(tokens == self.config.pad_token_id, 0.0).sum(1))
+        return torch.cat(scores).view(labels.shape[:-1])
+
+    def next_logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """The logits of the token at each place and of the one behind, (rows, length + 1, K), given those before."""
+        inputs_embeds = torch.cat([prefix, self.decoder.get_input_embeddings()(tokens)], dim=1)
+        return self.decoder(inputs_embeds=inputs_embeds, use_cache=False).logits[:, prefix.shape[1] - 1 :]
 
 
 class WordClassifier(TDDPreTrainedModel):
