@@ -70,6 +70,9 @@ class Demo:
 
     def __init__(self, captioners: list[Captioner], classifier: Any):
         self.captioners, self.classifier = captioners, classifier
+        kinds = [captioner.kind for captioner in captioners]
+        numbered = [f"{kind} {number}" for number, kind in enumerate(kinds, start=1)]
+        self.names = kinds if len(set(kinds)) == len(kinds) else numbered
         with gr.Blocks(title="Tweedie discrete diffusion", analytics_enabled=False) as self.page:
             gr.Markdown(INTRODUCTION)
             with gr.Row():
@@ -102,19 +105,19 @@ class Demo:
         return inputs, gr.Button("Caption", variant="primary")
 
     def _build_outputs(self) -> None:
-        self.results, names = gr.State(), [captioner.name for captioner in self.captioners]
+        self.results = gr.State()
         captions, drafts, tokens, candidates = [], [], [], []
         self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
         with gr.Row():
-            for name in names:
+            for name, captioner in zip(self.names, self.captioners):
                 with gr.Column(min_width=300):
-                    captions.append(gr.Textbox(label=f"Caption by {name}", lines=2))
+                    captions.append(gr.Textbox(label=f"Caption by {name}", info=captioner.source, lines=2))
                     drafts.append(gr.HighlightedText(label="Draft of the step shown", color_map=COLOR_MAP))
         with gr.Row():
             self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True, scale=3, min_width=300)
             self.replay = gr.Button("Replay the steps", min_width=140)
         with gr.Row():
-            for name in names:
+            for name in self.names:
                 with gr.Column(min_width=300):
                     tokens.append(gr.Slider(1, 2, value=1, step=1, label=f"Token of {name}", interactive=True))
                     candidates.append(gr.Plot(show_label=False))
@@ -166,16 +169,14 @@ class Demo:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
-        names = [captioner.name for captioner in self.captioners]
-        table = gr.Dataframe(tabulate_choices(names, results), visible=bool(results[0].choices))
+        table = gr.Dataframe(tabulate_choices(self.names, results), visible=bool(results[0].choices))
         yield {**shown, self.table: table, self.results: results, self.label: scores}
 
     def describe(self, results: list[Denoised]) -> dict[Any, Any]:
         """Shows the steps once they are all there, and the candidates of the token that was least sure."""
-        names = [captioner.name for captioner in self.captioners]
         updates = {
             self.step: gr.Slider(maximum=max(2, len(results[0].frames)), value=1),
-            self.entropy: plot_entropies(names, results),
+            self.entropy: plot_entropies(self.names, results),
         }
         for captioner, view, denoised in zip(self.captioners, self.views, results):
             places = len(denoised.frames[-1].tokens) + 1  # with the end

@@ -56,13 +56,14 @@ class DraftStreamer(BaseStreamer):
 
 
 class Captioner:
-    """A captioner and its name in the app."""
+    """A captioner, of which kind it is, and where it came from."""
 
     def __init__(self, path: str):
         self.pipeline = pipeline("image-captioning", model=path)
         self.model, self.processor = self.pipeline.model, self.pipeline.processor
         self.is_masked = self.model.config.corruption == "mask"
-        self.name = f"{'MDD' if self.is_masked else 'TDD'} ({'/'.join(Path(path).parts[-2:])})"
+        self.kind = "MDD" if self.is_masked else "TDD"
+        self.source = "/".join(Path(path).parts[-2:])
 
     def decode(self, tokens: Tensor) -> str:
         return self.processor.decode(tokens, skip_special_tokens=True)
