@@ -115,11 +115,12 @@ class Demo:
                     drafts.append(gr.HighlightedText(label="Draft of the step shown", color_map=COLOR_MAP))
         with gr.Row():
             self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True, scale=3, min_width=300)
-            self.replay = gr.Button("Replay the steps", min_width=140)
+            self.replay = gr.Button("Replay the steps", min_width=190)
         with gr.Row():
             for name in self.names:
                 with gr.Column(min_width=300):
-                    tokens.append(gr.Slider(1, 2, value=1, step=1, label=f"Token of {name}", interactive=True))
+                    label = f"Token of {name} whose candidates are shown"
+                    tokens.append(gr.Slider(1, 2, value=1, step=1, label=label, interactive=True))
                     candidates.append(gr.Plot(show_label=False))
         self.views = [View(*components) for components in zip(captions, drafts, tokens, candidates)]
         with gr.Row():

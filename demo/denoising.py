@@ -130,7 +130,9 @@ def plot_entropies(names: Sequence[str], results: Sequence[Denoised]) -> Figure:
     steps = max(len(denoised.frames) for denoised in results)
     ticks = range(1, 1 + steps, -(-steps // 10))
     panel = Panel("Mean entropy of the tokens' predictions", "denoising step", "bits", lines, ticks=ticks)
-    return plot_panels([panel], names)
+    figure = plot_panels([panel], names)
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
 
 
 def parse_choices(text: str, caption: str) -> Choices | None:
