@@ -167,11 +167,13 @@ def caption(model: Captioner, features: Tensor, captions: Sequence[Span], temper
     right = (made == rows).all(1).numpy()
     score = model.score(labels=made, image_features=features)
     confidence = (score / temperature).exp().double().numpy()
-    ranked = caption_with(model, features, NUM_CANDIDATES)
+    ranked = (caption_with(model, features, NUM_CANDIDATES) == rows).all(1).numpy()
     pairs = calibration(np.stack([confidence, 1 - confidence], 1), np.where(right, 0, 1))
     return {
         "exact_match": float(right.mean()),
-        f"exact_match_of_{NUM_CANDIDATES}": float((ranked == rows).all(1).double().mean()),
+        f"exact_match_of_{NUM_CANDIDATES}": float(ranked.mean()),
+        "repaired": int((ranked & ~right).sum()),
+        "spoiled": int((right & ~ranked).sum()),
         "coverage": dict(zip(COVERAGES, selective_accuracy(score.numpy(), right, COVERAGES))),
         "confidence_ece": pairs["ece"],
     }
