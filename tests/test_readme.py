@@ -228,7 +228,7 @@ def test_all_blocks_in_full(
 
 # Commands in the middle of a sentence, which take long: they are parsed as those that are not run
 PROSE = re.sub(r"^```.*?^```$", "", "\n".join(TEXTS.values()), flags=re.MULTILINE | re.DOTALL)
-IN_PROSE = [(None, command) for command in re.findall(r"`(python scripts/\S+\s[^`]+)`", PROSE)]
+IN_PROSE = [(None, command) for command in re.findall(r"`(python scripts/[^`\s]+\s[^`]+)`", PROSE)]
 NOT_RUN = IN_PROSE + [
     (block, command)
     for block in BLOCKS
