@@ -1,21 +1,37 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Scores of given captions, to rank captions by an image, or images by a caption (ours; the paper has none).
 
-A diffusion model has no likelihood in closed form. Two numbers stand for it here, and neither is one:
+Three numbers serve, none of which the denoising loop draws from:
 
-- The pseudo-log-likelihood: the sum over a caption's tokens, its end among them, of the log-probability of each given
-  all others and the image. It needs a network that was trained with a timestep for each token, or with masks.
+- The likelihood: the sum over a caption's tokens, its end among them, of the log-probability of each given the image
+  and the tokens before it, while all later places are hidden. By the chain rule it is the caption's log-probability
+  under a distribution over all captions, so captions of different lengths can be compared.
+- The pseudo-log-likelihood: the same sum, where each token is given all others. It looks at both sides, and is no
+  log-probability.
 - The diffusion bound: minus the weighted training loss, summed over the N places and averaged over given draws of
-  timesteps and noise. Any network has it.
+  timesteps and noise.
+
+The first two need a network that was trained with a timestep for each token, or with masks. Any network has the third.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .loss_tdd import draw_noisy_targets
 from .samplers_tdd import follows_end, settled_timestep
 from .sampling_tdd import log_probability
 from .settings_tdd import check_given
+
+
+class PlacePrediction(NamedTuple):
+    """Logits of shape (rows, K) of one place each, and the captions and places that they belong to."""
+
+    captions: Tensor
+    places: Tensor
+    logits: Tensor
 
 
 class TDDLikelihoodMixin:
@@ -44,7 +60,7 @@ class TDDLikelihoodMixin:
             image_features (`torch.FloatTensor`, *optional*):
                 In place of `pixel_values`: the `pooler_output` of `model.get_image_features`.
             method (`str`, *optional*):
-                `"pseudo_likelihood"`, the default where the network has it, or `"diffusion_bound"`.
+                `"likelihood"`, the default where the network has it, `"pseudo_likelihood"` or `"diffusion_bound"`.
             num_draws (`int`, *optional*, defaults to 16):
                 Over how many draws of timesteps and noise the diffusion bound is averaged, the same for all captions.
             max_rows (`int`, *optional*, defaults to 256):
@@ -72,12 +88,7 @@ class TDDLikelihoodMixin:
             allowed = f"({len(prefix)}, length) or ({len(prefix)}, num_captions, length)"
             raise ValueError(f"`labels` must have the shape {allowed}, got {given}.")
         targets = self._fill_labels(labels.flatten(0, -2).to(prefix.device))
-        images = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(targets) // len(prefix))
-        if method == "pseudo_likelihood":
-            scores = self._leave_one_out(prefix, images, targets, max_rows)
-        else:
-            scores = self._diffusion_bound(prefix, images, targets, num_draws, max_rows)
-        return scores.view(labels.shape[:-1])
+        return self._score_tokens(prefix, targets, method, num_draws, max_rows).view(labels.shape[:-1])
 
     def _scoring_method(self, method: str | None) -> str:
         config = self.config
@@ -85,41 +96,58 @@ class TDDLikelihoodMixin:
             raise ValueError("`score` needs `model.eval()`: in training mode a score would be drawn.")
         if config.prediction_type == "epsilon":
             raise ValueError("`score` needs a network that predicts tokens, got `prediction_type='epsilon'`.")
-        has_pseudo = config.corruption == "mask" or config.timestep_sampling == "per_token"
-        if method == "pseudo_likelihood" and not has_pseudo:
+        has_hidden = config.corruption == "mask" or config.timestep_sampling == "per_token"
+        if method in ("likelihood", "pseudo_likelihood") and not has_hidden:
             raise ValueError(
-                "`method='pseudo_likelihood'` needs a network that was trained with masks or with a timestep for each "
-                "token: this one has never seen one token hidden among others. Use `method='diffusion_bound'`."
+                f"`method={method!r}` needs a network that was trained with masks or with a timestep for each token: "
+                "this one has never seen some tokens hidden among others. Use `method='diffusion_bound'`."
             )
-        return method or ("pseudo_likelihood" if has_pseudo else "diffusion_bound")
+        return method or ("likelihood" if has_hidden else "diffusion_bound")
 
-    def _leave_one_out(self, prefix: Tensor, images: Tensor, targets: Tensor, max_rows: int) -> Tensor:
-        """Pseudo-log-likelihoods of shape (captions,). Each token is hidden in a row of its own, in which the others
-        are as settled ones are in the loop. Where a caption has no end token, its first padding is its end."""
-        config, denoiser, places = self.config, self.model.denoiser, targets.shape[1]
-        highest, noise = config.num_timesteps, None
-        if config.corruption == "mask":  # the timestep at which one of N is expected to be masked
-            visible_share = denoiser.schedule_on(targets.device).alpha_bar[1:]
-            visible = hidden = int((visible_share - (1 - 1 / places)).abs().argmin()) + 1
-        else:
-            visible, hidden = settled_timestep(highest), highest
-            noise = torch.randn(places, config.noise_width, generator=torch.Generator().manual_seed(0))
-            noise = noise.to(targets.device)
-        used = torch.tensor([visible, hidden], device=targets.device)
-        cache = denoiser(timesteps=used, noise=noise, prefix=prefix).cache
-        captions, left_out = (~follows_end(targets, (config.eos_token_id, config.pad_token_id))).nonzero(as_tuple=True)
+    def _score_tokens(
+        self, prefix: Tensor, targets: Tensor, method: str, num_draws: int = 16, max_rows: int = 256
+    ) -> Tensor:
+        """Scores of shape (captions,) of targets of shape (captions, N), which are as many for each image."""
+        images = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(targets) // len(prefix))
+        if method == "diffusion_bound":
+            return self._diffusion_bound(prefix, images, targets, num_draws, max_rows)
         scores = torch.zeros(targets.shape, device=targets.device)
-        for caption, place in zip(captions.split(max_rows), left_out.split(max_rows)):
-            is_hidden = nn.functional.one_hot(place, places).bool()
-            tokens = targets[caption]
-            inputs = tokens.masked_fill(is_hidden, config.num_categories) if config.corruption == "mask" else tokens
-            timesteps = torch.where(is_hidden, hidden, visible)
-            embeds = None if noise is None else cache.noise_embeds.expand(len(caption), -1, -1)
-            own = cache.select(images[caption])
-            hidden_states = denoiser(inputs, timesteps, noise_embeds=embeds, cache=own).last_hidden_state
-            logits = self.lm_head(hidden_states[is_hidden]).float()
-            scores[caption, place] = log_probability(logits, tokens[is_hidden])
+        for part in self._predict_places(prefix, images, targets, method, max_rows):
+            scores[part.captions, part.places] = log_probability(part.logits, targets[part.captions, part.places])
         return scores.sum(1)
+
+    def _predict_places(
+        self, prefix: Tensor, images: Tensor, targets: Tensor, method: str, max_rows: int
+    ) -> Iterator["PlacePrediction"]:
+        """Predicts each token of each caption in a row of its own, in which it is hidden and the tokens that it is
+        given are as settled ones are in the loop. Where a caption has no end token, its first padding is its end."""
+        config, denoiser, length = self.config, self.model.denoiser, targets.shape[1]
+        all_places = torch.arange(length, device=targets.device)
+        captions, places = (~follows_end(targets, (config.eos_token_id, config.pad_token_id))).nonzero(as_tuple=True)
+        noise = None
+        if config.corruption == "mask":  # the timestep at which as many places are expected to be visible
+            shares = torch.arange(length, device=targets.device)[:, None] / length
+            timesteps = (denoiser.schedule_on(targets.device).alpha_bar[1:] - shares).abs().argmin(1) + 1
+        else:
+            timesteps = torch.tensor([settled_timestep(config.num_timesteps), config.num_timesteps])
+            timesteps = timesteps.to(targets.device)
+            noise = torch.randn(length, config.noise_width, generator=torch.Generator().manual_seed(0))
+            noise = noise.to(targets.device)
+        cache = denoiser(timesteps=timesteps, noise=noise, prefix=prefix).cache
+        for caption, place in zip(captions.split(max_rows), places.split(max_rows)):
+            own, tokens = place[:, None], targets[caption]
+            is_hidden = all_places >= own if method == "likelihood" else all_places == own
+            if config.corruption == "mask":
+                num_visible = length - is_hidden.sum(1, keepdim=True)
+                inputs, levels = tokens.masked_fill(is_hidden, config.num_categories), timesteps[num_visible]
+            else:
+                inputs, levels = tokens, timesteps[is_hidden.long()]
+            embeds = None if noise is None else cache.noise_embeds.expand(len(caption), -1, -1)
+            outputs = denoiser(
+                inputs, levels.expand_as(inputs), noise_embeds=embeds, cache=cache.select(images[caption])
+            )
+            hidden_states = outputs.last_hidden_state[torch.arange(len(place), device=place.device), place]
+            yield PlacePrediction(caption, place, self.lm_head(hidden_states).float())
 
     def _diffusion_bound(
         self, prefix: Tensor, images: Tensor, targets: Tensor, num_draws: int, max_rows: int

@@ -48,6 +48,10 @@ def auto_class_outputs(classifier: str, captioner: str, image: Image.Image) -> d
     inputs = processor(images=[image], text="the red", return_tensors="pt")
     generated = model.generate(**inputs, return_dict_in_generate=True, num_return_sequences=2)
     outputs |= {"sequences": generated.sequences, "log_probs": generated.log_probs}
+    inputs = processor(images=[image], infill="the [A]", choices={"A": ["red", "blue sky"]}, return_tensors="pt")
+    chosen = model.generate(**inputs, return_dict_in_generate=True)
+    outputs |= {"chosen": chosen.sequences, "candidate_probs": chosen.candidate_probs}
+    outputs["scores"] = model.score(inputs["pixel_values"], inputs["choices"])
     outputs["tokens"] = AutoTokenizer.from_pretrained(captioner)("a cat on the sofa", return_tensors="pt")["input_ids"]
     return outputs
 
@@ -61,6 +65,8 @@ def pipeline_outputs(classifier: str, captioner: str, image: Image.Image) -> dic
         "image-classification": classify([image], top_k=5),
         "image-text-to-text": caption(image, text="the red"),
         "image-to-text": image_to_text([image], generate_kwargs={"num_return_sequences": 2}),
+        "choices": image_to_text([image], choices=["the red", "blue sky"], num_return_sequences=2),
+        "candidates": image_to_text([image], num_candidates=3),
     }
 
 

@@ -16,21 +16,23 @@ CAPTIONS = torch.tensor([[5, 6, EOS, PAD], [7, EOS, PAD, PAD], [5, 6, 7, EOS], [
 
 
 @torch.no_grad()
-def score_slowly(model: TDDForCaptioning, pixel_values: Tensor, caption: list[int]) -> float:
-    """The caption's tokens one by one, each hidden among the others, by one step of the model."""
+def score_slowly(model: TDDForCaptioning, pixel_values: Tensor, caption: list[int], method: str) -> float:
+    """The caption's tokens one by one, each hidden alone or with all that follow, by one step of the model."""
     config, places = model.config, model.config.max_position_embeddings
     tokens = torch.tensor([caption + [PAD] * (places - len(caption))])
     length = caption.index(EOS if EOS in caption else PAD) + 1 if {EOS, PAD} & set(caption) else len(caption) + 1
     noise = torch.randn(1, places, config.noise_width, generator=torch.Generator().manual_seed(0))
     total = 0.0
     for place in range(length):
+        hidden = slice(place, None if method == "likelihood" else place + 1)
         inputs, timesteps = tokens.clone(), torch.full_like(tokens, 1)  # 0.02 T, at least 1
         if config.corruption == "mask":
-            inputs[0, place] = config.num_categories
+            inputs[0, hidden] = config.num_categories
             shares = model.model.denoiser.schedule_on(tokens.device).alpha_bar[1:]
-            timesteps[:] = 1 + int((shares - (places - 1) / places).abs().argmin())
+            num_visible = place if method == "likelihood" else places - 1
+            timesteps[:] = 1 + int((shares - num_visible / places).abs().argmin())
         else:
-            timesteps[0, place] = config.num_timesteps
+            timesteps[0, hidden] = config.num_timesteps
         noise_or_none = None if config.corruption == "mask" else noise
         outputs = model(pixel_values, tokens=inputs, timesteps=timesteps, noise=noise_or_none)
         total += outputs.logits[0, place].log_softmax(-1)[tokens[0, place]].item()
@@ -38,25 +40,38 @@ def score_slowly(model: TDDForCaptioning, pixel_values: Tensor, caption: list[in
 
 
 @pytest.mark.parametrize("corruption", ["gaussian", "mask"])
-def test_pseudo_likelihood_is_that_of_the_slow_reference(
-    make_captioner: MakeCaptioner, pixel_values: Tensor, corruption: str
+@pytest.mark.parametrize("method", ["likelihood", "pseudo_likelihood"])
+def test_scores_are_those_of_the_slow_reference(
+    make_captioner: MakeCaptioner, pixel_values: Tensor, corruption: str, method: str
 ) -> None:
     model = make_captioner(corruption=corruption)
     labels = torch.stack([CAPTIONS, CAPTIONS.roll(1, 0), CAPTIONS, CAPTIONS])
-    scores = model.score(pixel_values, labels)
+    scores = model.score(pixel_values, labels, method=method)
     assert scores.shape == (4, 4) and scores.dtype == torch.float32
     for image in range(4):
         for caption in range(4):
-            expected = score_slowly(model, pixel_values[image : image + 1], labels[image, caption].tolist())
+            expected = score_slowly(model, pixel_values[image : image + 1], labels[image, caption].tolist(), method)
             assert scores[image, caption].item() == pytest.approx(expected, abs=1e-4)
+    if method == "likelihood":
+        assert torch.equal(scores, model.score(pixel_values, labels))
+
+
+@pytest.mark.parametrize("corruption", ["gaussian", "mask"])
+def test_likelihood_is_a_distribution(make_captioner: MakeCaptioner, pixel_values: Tensor, corruption: str) -> None:
+    """The probabilities of all captions sum to 1: of one place that ends or pads, and of two places."""
+    model = make_captioner(corruption=corruption, vocab_size=6, max_position_embeddings=2)
+    words = [token for token in range(6) if token not in (PAD, EOS)]
+    captions = [[EOS, PAD], [PAD, PAD], *([first, second] for first in words for second in range(6))]
+    scores = model.score(pixel_values[:1], torch.tensor([captions]))[0]
+    assert len(scores) == 26 and scores.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"corruption": "mask"}, {"corruption": "uniform"}], ids=str)
-@pytest.mark.parametrize("method", ["pseudo_likelihood", "diffusion_bound"])
+@pytest.mark.parametrize("method", ["likelihood", "pseudo_likelihood", "diffusion_bound"])
 def test_scores_do_not_depend_on_the_batch(
     make_captioner: MakeCaptioner, pixel_values: Tensor, fields: dict, method: str
 ) -> None:
-    if method == "pseudo_likelihood" and fields.get("corruption") == "uniform":
+    if method != "diffusion_bound" and fields.get("corruption") == "uniform":
         pytest.skip("This network has none.")
     model = make_captioner(**fields)
     call = {"method": method, "num_draws": 5}
@@ -86,8 +101,9 @@ def test_only_what_a_network_has_is_scored(make_captioner: MakeCaptioner, pixel_
     shared = make_captioner(timestep_sampling="shared")
     bound = shared.score(pixel_values, CAPTIONS)
     assert torch.equal(bound, shared.score(pixel_values, CAPTIONS, method="diffusion_bound"))
-    with pytest.raises(ValueError, match="`method='pseudo_likelihood'` needs a network"):
-        shared.score(pixel_values, CAPTIONS, method="pseudo_likelihood")
+    for method in ("likelihood", "pseudo_likelihood"):
+        with pytest.raises(ValueError, match=f"`method='{method}'` needs a network"):
+            shared.score(pixel_values, CAPTIONS, method=method)
     with pytest.raises(ValueError, match="predicts tokens, got `prediction_type='epsilon'`"):
         make_captioner(prediction_type="epsilon").score(pixel_values, CAPTIONS)
     with pytest.raises(ValueError, match="needs `model.eval\\(\\)`"):
@@ -101,8 +117,8 @@ def test_only_what_a_network_has_is_scored(make_captioner: MakeCaptioner, pixel_
         ({}, r"`labels` must have the shape .* got None"),
         ({"labels": CAPTIONS + 1000}, "`labels` must be in"),
         (
-            {"labels": CAPTIONS, "method": "likelihood"},
-            "`method` must be one of 'pseudo_likelihood', 'diffusion_bound'",
+            {"labels": CAPTIONS, "method": "bound"},
+            "`method` must be one of 'likelihood', 'pseudo_likelihood', 'diffusion_bound'",
         ),
         ({"labels": CAPTIONS, "num_draws": 0}, "`num_draws` must be an integer"),
     ],

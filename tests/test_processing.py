@@ -279,7 +279,7 @@ def test_model_input_names(processor: TDDProcessor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "at least one of `images`, `text`, `captions` and `infill`"),
+        ({}, "at least one of `images`, `text`, `captions`, `infill` and `choices`"),
         ({"text": "a", "infill": "[MASK]"}, "not both"),
         ({"text": ["a", "cat"], "images": 3}, "3 images and 2 of `text`"),
         ({"captions": "a cat", "images": 3}, "3 images and 1 of `captions`"),

@@ -67,6 +67,13 @@ class TDDGenerationConfig(GenerationConfig):
             Captions per image. With `do_sample` they are draws, of which some may agree where the model is sure.
             Without, they all differ: the first is the caption itself, and the others are its likeliest alternatives,
             see [`likeliest_alternatives`].
+        num_candidates (`int`, *optional*):
+            So many captions of each image are made, as `num_return_sequences` would make them, and ranked by
+            [`~TDDLikelihoodMixin.score`]; the most probable `num_return_sequences` are returned. By default none is
+            ranked. It takes about as long as `num_candidates` captions and their scores.
+        score_temperature (`float`, *optional*, defaults to 1.0):
+            What the scores of candidates and choices are divided by before their softmax. It changes no order, only
+            how sure the probabilities are. Choose it on held-out captions.
 
         > Output
 
@@ -102,6 +109,8 @@ class TDDGenerationConfig(GenerationConfig):
         "repetition_penalty": 1.0,
         "bad_words_ids": None,
         "num_return_sequences": 1,
+        "num_candidates": None,
+        "score_temperature": 1.0,
         "return_dict_in_generate": False,
         "output_trajectory": False,
         "pad_token_id": None,
@@ -134,6 +143,11 @@ class TDDGenerationConfig(GenerationConfig):
             if getattr(self, name) not in (None, inert) and not self.do_sample:
                 value = getattr(self, name)
                 raise ValueError(f"`{name}` needs `do_sample=True`: the argmax has no use for it, got {value!r}.")
+        if self.num_candidates is not None and self.num_candidates < self.num_return_sequences:
+            raise ValueError(
+                f"`num_candidates` must be at least `num_return_sequences`, {self.num_return_sequences}, got "
+                f"{self.num_candidates}."
+            )
 
     @classmethod
     def convert(cls, given: GenerationConfig | dict[str, Any]) -> "TDDGenerationConfig":

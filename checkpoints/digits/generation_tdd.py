@@ -5,12 +5,13 @@ A caption always has the model's N places, as in training. What is known of it b
 around a gap, and padding in the places beyond the wanted length.
 """
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import (
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -22,11 +23,20 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .candidates_tdd import RankedCandidates, rank_candidates
 from .configuration_tdd import check_steps
+from .fixed_tokens_tdd import (
+    FixedTokens,
+    choice_tokens,
+    end_tokens,
+    infilling_tokens,
+    likeliest_alternatives,
+    pad_after_end,
+    prompt_tokens,
+)
 from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig, drop_inert
 from .samplers_tdd import (
     ConfidenceSampler,
-    KnownTokens,
     RenoiseSampler,
     Sampler,
     UniformSampler,
@@ -83,6 +93,11 @@ class TDDGenerationOutput(ModelOutput):
             Log-probability of each token at the row's last step, given the draft before. 0 for padding after the end.
         num_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`):
             Denoising steps that each row took.
+        candidates (`torch.LongTensor` of shape `(batch_size, num_candidates, length)`, *optional*):
+            With `choices` or `num_candidates`: the captions that were ranked, in the order in which they were given or
+            made.
+        candidate_probs (`torch.FloatTensor` of shape `(batch_size, num_candidates)`, *optional*):
+            The probability of each among them.
         trajectory ([`TDDTrajectory`], *optional*, with `output_trajectory=True`):
             The steps.
     """
@@ -90,6 +105,8 @@ class TDDGenerationOutput(ModelOutput):
     sequences: torch.LongTensor | None = None
     log_probs: torch.FloatTensor | None = None
     num_steps: torch.LongTensor | None = None
+    candidates: torch.LongTensor | None = None
+    candidate_probs: torch.FloatTensor | None = None
     trajectory: TDDTrajectory | None = None
 
 
@@ -121,6 +138,8 @@ class TDDGenerationMixin:
         image_features: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        choices: Tensor | None = None,
+        choices_mask: Tensor | None = None,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         generator: torch.Generator | None = None,
@@ -137,6 +156,7 @@ class TDDGenerationMixin:
         3. Denoise (see [`~sampling_tdd.denoise`]), and after each step send a draft to the streamer
         4. With several captions per image, and no draws: denoise again around the likeliest alternatives
         5. Pad what follows a caption's end
+        6. With choices or candidates: score them, and keep the most probable
         ```
         A row's caption depends neither on the other rows nor on global random state.
 
@@ -153,6 +173,11 @@ class TDDGenerationMixin:
                 Infilling: tokens, of which those with a 1 in `decoder_attention_mask` stay as they are.
             decoder_attention_mask (`torch.Tensor` of the same shape, *optional*):
                 1 for fixed tokens, 0 for places to fill. A caption does not end before its last fixed token.
+            choices (`torch.LongTensor` of shape `(batch_size, num_choices, length)`, *optional*):
+                The captions that are allowed, with their end tokens and padding, as the processor makes them. The most
+                probable one by [`~TDDLikelihoodMixin.score`] is returned, or the `num_return_sequences` most probable.
+            choices_mask (`torch.Tensor` of the same shape, *optional*):
+                1 for fixed tokens, 0 for places to fill; by default all are fixed.
             generation_config ([`TDDGenerationConfig`], `GenerationConfig` or `dict`, *optional*):
                 Parameters; the model's own by default. What does not apply to diffusion is refused, in a plain
                 `GenerationConfig` and in a dictionary too.
@@ -193,41 +218,78 @@ class TDDGenerationMixin:
         ```"""
         # 1. Check and encode
         config = self._prepare_generation_config(generation_config, kwargs)
+        is_ranked = choices is not None or config.num_candidates is not None
+        if is_ranked:
+            self._check_ranking()
         check_given(generator=generator, logits_processor=logits_processor, streamer=streamer, synced_gpus=synced_gpus)
+        check_given(choices=choices, choices_mask=choices_mask)
         if synced_gpus:
             for name in ("stability_threshold", "confidence_threshold"):
                 if getattr(config, name) is not None:
                     raise ValueError(f"`synced_gpus=True` needs `{name}=None`: processes may stop at other steps.")
         prefix = self.model.get_prefix(pixel_values, image_features)
         # 2. Fix tokens
+        rows = len(prefix)
+        if choices is not None:
+            refuse_given(
+                "the `choices` are whole captions",
+                num_candidates=config.num_candidates,
+                input_ids=input_ids,
+                decoder_input_ids=decoder_input_ids,
+            )
+            decoder_input_ids, decoder_attention_mask = choice_tokens(choices, choices_mask, len(prefix), config)
+            rows = len(decoder_input_ids)
+        else:
+            refuse_given("there are no `choices`", choices_mask=choices_mask)
         fixed = self._prepare_fixed_tokens(
-            config, len(prefix), input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+            config, rows, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
         ).to(prefix.device)
         output = TokenStreamer(streamer, fixed, config)
         # 3. Denoise
         images = pixel_values if pixel_values is not None else image_features
-        captions = config.num_return_sequences if config.do_sample else 1
+        wanted = config.num_candidates or (config.num_return_sequences if choices is None else 1)
+        captions = wanted if config.do_sample else 1
         loop = (config, prefix, images, logits_processor, generator)
         recorder = self._denoise(*loop, fixed.repeat(captions), output)
         # 4. Alternatives
-        if captions < config.num_return_sequences:
-            alternatives = likeliest_alternatives(
-                recorder.first_log_probs, recorder.tokens, fixed, config.num_return_sequences - 1, config
-            )
+        if captions < wanted:
+            first = recorder.first_log_probs
+            alternatives = likeliest_alternatives(first, recorder.tokens, fixed, wanted - 1, config)
             recorder = recorder.join(self._denoise(*loop, alternatives), len(prefix))
         # 5. Pad
         check_scores(recorder.log_probs, config.guidance_scale)
-        tokens = recorder.tokens[:, : fixed.length]
-        sequences = pad_after_end(tokens, config)
+        tokens = pad_after_end(recorder.tokens, config)
+        # 6. Rank
+        ranked = None
+        if is_ranked:
+            ranked = self._rank(config, prefix, tokens)
+            recorder, tokens = recorder.select(ranked.rows), tokens[ranked.rows]
+        sequences = tokens[:, : fixed.length]
         output.end(sequences)
         if not config.return_dict_in_generate:
             return sequences
+        is_padding = follows_end(sequences, end_tokens(config))
         return TDDGenerationOutput(
             sequences=sequences,
-            log_probs=recorder.log_probs[:, : fixed.length].masked_fill(follows_end(tokens, end_tokens(config)), 0.0),
+            log_probs=recorder.log_probs[:, : fixed.length].masked_fill(is_padding, 0.0),
             num_steps=recorder.num_steps,
+            candidates=None if ranked is None else ranked.tokens[..., : fixed.length],
+            candidate_probs=None if ranked is None else ranked.probs,
             trajectory=recorder.trajectory(fixed.length) if config.output_trajectory else None,
         )
+
+    def _check_ranking(self) -> None:
+        """Refuses a model that cannot score captions."""
+        try:
+            self._scoring_method(None)
+        except ValueError as error:
+            raise ValueError(f"`num_candidates` and `choices` are ranked by `score`: {error}") from error
+
+    def _rank(self, config: TDDGenerationConfig, prefix: Tensor, tokens: Tensor) -> RankedCandidates:
+        """The captions of each image, ranked by [`~TDDLikelihoodMixin.score`]."""
+        scores = self._score_tokens(prefix, tokens, self._scoring_method(None)).view(len(prefix), -1)
+        candidates = tokens.view(*scores.shape, -1)
+        return rank_candidates(candidates, scores, config.score_temperature, config.num_return_sequences)
 
     def _denoise(
         self,
@@ -236,12 +298,16 @@ class TDDGenerationMixin:
         images: Tensor,
         logits_processor: LogitsProcessorList | None,
         generator: torch.Generator | None,
-        fixed: "FixedTokens",
+        fixed: FixedTokens,
         output: "TokenStreamer | None" = None,
     ) -> "StepRecorder":
         """One denoising loop around fixed tokens, which has one or several successive rows for each image."""
+        if fixed.mask.all():  # given captions: a step only finds their log-probabilities
+            config = copy(config)
+            config.num_inference_steps = 1
         numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
-        recorder = StepRecorder(config.output_trajectory, keep_first=config.num_return_sequences > 1)
+        keep_first = max(config.num_return_sequences, config.num_candidates or 1) > 1
+        recorder = StepRecorder(config.output_trajectory, keep_first=keep_first)
         processor = TokenLogitsProcessor(config, logits_processor, fixed)
         for step in denoise(
             self.make_network(prefix),
@@ -253,7 +319,7 @@ class TDDGenerationMixin:
             process_logits=processor if processor.has_effect else None,
             stability_threshold=config.stability_threshold,
             keep_rows=bool(logits_processor),
-            all_logits=config.return_dict_in_generate or config.output_trajectory or config.num_return_sequences > 1,
+            all_logits=config.return_dict_in_generate or config.output_trajectory or keep_first,
             step=self.denoising_step,
         ):
             recorder.record(step)
@@ -331,7 +397,7 @@ class TDDGenerationMixin:
         attention_mask: Tensor | None,
         decoder_input_ids: Tensor | None,
         decoder_attention_mask: Tensor | None,
-    ) -> "FixedTokens":
+    ) -> FixedTokens:
         """Checks prompt or infilling, and fixes padding behind the last place that each row may fill."""
         places = self.config.max_position_embeddings
         max_length = places if config.max_length is None else min(config.max_length, places)
@@ -396,16 +462,6 @@ class TDDGenerationMixin:
                 logger.info("No generation_config.json: the default generation parameters are used.")
 
 
-def end_tokens(config: GenerationConfig | PreTrainedConfig) -> tuple[int, int]:
-    """The tokens behind which a caption is padding: its end, and padding itself."""
-    return config.eos_token_id, config.pad_token_id
-
-
-def pad_after_end(tokens: Tensor, config: GenerationConfig | PreTrainedConfig) -> Tensor:
-    """Replaces by padding what stands behind the end."""
-    return tokens.masked_fill(follows_end(tokens, end_tokens(config)), config.pad_token_id)
-
-
 def image_checksums(images: Tensor) -> list[int]:
     r"""
     A 62-bit number for each image that depends on all its values, and on no other image: integer arithmetic, so it is
@@ -419,134 +475,6 @@ def image_checksums(images: Tensor) -> list[int]:
     multipliers = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x1E3779B97F4A7C15
     multipliers = ((multipliers ^ (multipliers >> 30)) * 0x3F58476D1CE4E5B9) | 1
     return ((bits * multipliers).sum(1) & (2**62 - 1)).tolist()
-
-
-def check_mask(name: str, mask: Tensor, name_of_tokens: str, tokens: Tensor) -> None:
-    """Raises a `ValueError` unless a mask has the shape of its tokens, and holds 0 and 1 alone."""
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `{name_of_tokens}`, {tuple(tokens.shape)}, got {tuple(mask.shape)}."
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"`{name}` must hold 0 and 1 alone, got {mask.unique().tolist()[:5]}.")
-
-
-def infilling_tokens(
-    decoder_input_ids: Tensor, decoder_attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, the mask of those that are fixed, and the number of each row's places."""
-    if decoder_attention_mask is None:
-        raise ValueError("`decoder_input_ids` needs a `decoder_attention_mask` of its shape, 1 for fixed tokens.")
-    check_mask("decoder_attention_mask", decoder_attention_mask, "decoder_input_ids", decoder_input_ids)
-    rows, length = decoder_input_ids.shape
-    return (
-        decoder_input_ids.long(),
-        decoder_attention_mask.bool(),
-        torch.full((rows,), length, device=decoder_input_ids.device),
-    )
-
-
-def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As [`infilling_tokens`], of prompts, whose padding may be on either side."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    check_mask("attention_mask", mask, "input_ids", input_ids)
-    # Padding on the left moves to the right: a prompt begins at the first place.
-    order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
-    tokens, mask = input_ids.long().gather(1, order), mask.bool().gather(1, order)
-    length = mask.sum(dim=1)
-    return tokens[:, : length.max()], mask[:, : length.max()], length
-
-
-@dataclass
-class FixedTokens:
-    """
-    What is known of captions beforehand.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(rows, N)`): Tokens.
-        mask (`torch.BoolTensor` of the same shape): Where they are fixed.
-        pad_token_id (`int`): The token of padding.
-        prompt_length (`int`): Tokens that every row's prompt has.
-        length (`int`): Places of the longest row.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pad_token_id: int
-    prompt_length: int
-    length: int
-
-    @property
-    def known(self) -> KnownTokens:
-        """What the sampler must know."""
-        return KnownTokens(self.tokens, self.mask)
-
-    @property
-    def before_content(self) -> Tensor:
-        """Places before a fixed token that is not padding: no caption may end there. Bool of shape (rows, N)."""
-        is_content = self.mask & (self.tokens != self.pad_token_id)
-        # Counted from the right, without the place's own
-        return is_content.flip(1).cumsum(1).flip(1) - is_content.long() > 0
-
-    def to(self, device: torch.device) -> "FixedTokens":
-        """The same on a device."""
-        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
-
-    def repeat(self, repeats: int) -> "FixedTokens":
-        """Each row `repeats` times in succession."""
-        tokens, mask = (tensor.repeat_interleave(repeats, dim=0) for tensor in (self.tokens, self.mask))
-        return replace(self, tokens=tokens, mask=mask)
-
-
-def likeliest_alternatives(
-    log_probs: Tensor, captions: Tensor, fixed: FixedTokens, number: int, config: TDDGenerationConfig
-) -> FixedTokens:
-    r"""
-    What to fix so that denoising again gives other captions of the same images, each different from all others.
-
-    Of all tokens at all free places that the captions do not have there, the likeliest by the image alone are taken,
-    measured against the caption's own token. Each alternative fixes one of them. Where it changes another place than
-    an earlier alternative did, it also fixes the caption's own token at that one's place, so that the two differ.
-
-    Args:
-        log_probs (`torch.Tensor` of shape `(rows, N, K)`): Of the first step, which sees no token.
-        captions (`torch.LongTensor` of shape `(rows, N)`): The captions.
-        fixed ([`FixedTokens`]): What was known before.
-        number (`int`): How many alternatives of each caption.
-        config ([`TDDGenerationConfig`]): For the special tokens.
-
-    Returns:
-        [`FixedTokens`]: of `rows * number` rows, those of a caption in succession.
-
-    Raises:
-        `ValueError`: if a caption has fewer alternatives.
-    """
-    num_places, num_tokens = log_probs.shape[1:]
-    # 1. How much less likely a token is than the caption's own
-    advantage = log_probs - log_probs.gather(-1, captions[..., None])
-    advantage.scatter_(-1, captions[..., None], float("-inf"))
-    advantage[..., config.pad_token_id] = float("-inf")  # a caption that pads here reads as one that ends here
-    is_closed = fixed.mask | follows_end(captions, end_tokens(config))
-    advantage = advantage.masked_fill(is_closed[..., None], float("-inf"))
-    best = advantage.flatten(1).topk(min(number, num_places * num_tokens), dim=-1)
-    if len(best.values[0]) < number or best.values.isneginf().any():
-        raise ValueError(f"`num_return_sequences` is {number + 1}, but some image has fewer captions than that.")
-    places, tokens = best.indices // num_tokens, best.indices % num_tokens
-    # 2. Fix it, and the caption's own tokens where earlier alternatives have another
-    row = torch.arange(len(captions), device=captions.device)
-    known = [(fixed.tokens.clone(), fixed.mask.clone()) for _ in range(number)]
-    for index, (known_tokens, known_mask) in enumerate(known):
-        ends_here = tokens[:, index] == config.eos_token_id
-        for earlier in range(index):
-            place = places[:, earlier]
-            # What stands behind an end is no longer part of the caption
-            matters = (place != places[:, index]) & ~(ends_here & (place > places[:, index]))
-            known_tokens[row, place] = torch.where(matters, captions[row, place], known_tokens[row, place])
-            known_mask[row, place] |= matters
-        known_tokens[row, places[:, index]] = tokens[:, index]
-        known_mask[row, places[:, index]] = True
-    all_tokens, all_masks = (torch.stack(kind, dim=1).flatten(0, 1) for kind in zip(*known))
-    return replace(fixed, tokens=all_tokens, mask=all_masks)
 
 
 class TokenStreamer:
@@ -676,6 +604,14 @@ class StepRecorder:
             histories = (loop.history[min(step, len(loop.history) - 1)] for loop in (self, other))
             joined.history.append(tuple(join_rows(*pair) for pair in zip(*histories)))
         return joined
+
+    def select(self, rows: Tensor) -> "StepRecorder":
+        """What was recorded of some rows."""
+        selected = StepRecorder(self.keep_trajectory)
+        selected.timesteps, selected.num_steps = self.timesteps, self.num_steps[rows]
+        selected.latest = tuple(tensor[rows] for tensor in self.latest)
+        selected.history = [tuple(tensor[rows] for tensor in step) for step in self.history]
+        return selected
 
     def trajectory(self, length: int) -> TDDTrajectory:
         """All steps of the first `length` places."""

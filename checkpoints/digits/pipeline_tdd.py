@@ -24,7 +24,7 @@ from transformers.pipelines.base import pad_collate_fn
 
 from .generation_configuration_tdd import TDDGenerationConfig
 from .images_tdd import KINDS, check_image, is_image, list_images, open_image
-from .processing_tdd import TDDProcessor
+from .processing_tdd import Choices, TDDProcessor
 from .settings_tdd import suggest
 
 
@@ -33,6 +33,7 @@ CUSTOM_PIPELINES = {
     "image-to-text": {"impl": "pipeline_tdd.TDDImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
 }
 # A pipeline returns texts
+CHOICE_NAMES = ("infill", "choices")  # arguments of the processor, the same for all images
 GENERATION_NAMES = set(TDDGenerationConfig._DEFAULTS) - {"return_dict_in_generate", "output_trajectory"}
 
 
@@ -85,7 +86,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
     def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> tuple[dict, ...]:
         generate_kwargs = dict(generate_kwargs or {})
         names = set(signature(super()._sanitize_parameters).parameters) | GENERATION_NAMES
-        names |= self.processor.argument_names
+        names |= self.processor.argument_names | set(CHOICE_NAMES)
         for name in list(kwargs):
             if name in generate_kwargs:
                 raise ValueError(f"`{name}` is given twice, also in `generate_kwargs`.")
@@ -94,7 +95,12 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
             elif name not in names and self.processor.chat_template is None:  # such a template takes any name
                 hint = suggest([name], names)
                 raise ValueError(f"`{name}` is no argument of this pipeline, of `generate` or of the processor.{hint}")
-        return super()._sanitize_parameters(generate_kwargs=generate_kwargs or None, **kwargs)
+        preprocess, forward, postprocess = super()._sanitize_parameters(
+            generate_kwargs=generate_kwargs or None, **kwargs
+        )
+        if "choices" in kwargs:
+            postprocess["choices"] = kwargs["choices"]
+        return preprocess, forward, postprocess
 
     def get_iterator(self, inputs: Any, num_workers: int, batch_size: int, *params: dict[str, Any]) -> Any:
         iterator = super().get_iterator(number(inputs), num_workers, batch_size, *params)
@@ -118,8 +124,45 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
             images = list_images(row["images"])
             indices = [index] if len(images) == 1 else range(len(images))
             images = [open_image(image, timeout, index=place) for image, place in zip(images, indices)]
+            if not text and any(kwargs.get(name) is not None for name in CHOICE_NAMES):
+                text = None  # no prompt
             inputs = {"images": images, "text": text}
-        return super().preprocess(inputs, timeout=timeout, **kwargs)
+        encoded = super().preprocess(inputs, timeout=timeout, **kwargs)
+        encoded["text"] = encoded["text"] or ""  # which is put before each caption
+        return encoded
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """As in the parent class, with the probabilities of candidates where they are ranked."""
+        text = model_inputs.pop("text")
+        settings = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
+        config = settings.get("generation_config", self.model.generation_config)
+        ranked = {}
+        if "choices" in model_inputs or settings.get("num_candidates", getattr(config, "num_candidates", None)):
+            outputs = self.model.generate(**model_inputs, **{**settings, "return_dict_in_generate": True})
+            sequences, ranked["candidate_probs"] = outputs.sequences, outputs.candidate_probs
+        else:
+            sequences = self.model.generate(**model_inputs, **settings)
+        batch_size, input_ids = len(model_inputs["pixel_values"]), model_inputs.get("input_ids")
+        if input_ids is None:  # there is no prompt
+            input_ids = sequences.new_full((batch_size, 1), self.tokenizer.pad_token_id)
+        sequences = sequences.unflatten(0, (batch_size, -1))
+        return {"generated_sequence": sequences, "prompt_text": text, "input_ids": input_ids, **ranked}
+
+    def postprocess(
+        self, model_outputs: dict[str, Any], choices: Choices | None = None, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """As in the parent class. Where candidates were ranked, each caption has its probability as `"score"`, and
+        with `choices` there are those of all of them."""
+        records = super().postprocess(model_outputs, **kwargs)
+        probs = model_outputs.get("candidate_probs")
+        if probs is None:
+            return records
+        scores = probs.sort(dim=-1, descending=True).values[:, : len(records) // len(probs)].flatten().tolist()
+        records = [{**record, "score": score} for record, score in zip(records, scores)]
+        if choices is None:
+            return records
+        each = self.processor.post_process_choices(probs, choices)
+        return [{**record, "choices": each[index * len(each) // len(records)]} for index, record in enumerate(records)]
 
 
 class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
@@ -137,6 +180,8 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
     [{'generated_text': 'a cat on a sofa'}]
     >>> captioner(["cat.png", "dog.png"], batch_size=2, num_return_sequences=2)
     [[{'generated_text': 'a cat on a sofa'}, {'generated_text': 'a cat'}], [{'generated_text': 'a dog'}, ...]]
+    >>> captioner("cat.png", infill="a [A] cat", choices={"A": ["black", "white"]})
+    [{'generated_text': 'a black cat', 'score': 0.9, 'choices': {'A': {'black': 0.9, 'white': 0.1}}}]
     ```"""
 
     def __call__(self, images: Any, text: str | list[str] = "", **kwargs: Any) -> Any:
@@ -149,11 +194,14 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             text (`str` or `list[str]`, *optional*, defaults to `""`):
                 The fixed beginning of the captions: one string for all images, or a list with one for each.
             kwargs:
-                `batch_size`, `num_workers`, `timeout` for URLs, parameters of [`TDDGenerationConfig`],
-                `generate_kwargs` (other arguments of `generate`), and others of [`ImageTextToTextPipeline`].
+                `infill` and `choices`, as in [`TDDProcessor`], the same for all images; `batch_size`, `num_workers`,
+                `timeout` for URLs, parameters of [`TDDGenerationConfig`], `generate_kwargs` (other arguments of
+                `generate`), and others of [`ImageTextToTextPipeline`].
 
         Returns:
-            For one image a list of `{"generated_text": str}`, one for each caption. For a list or an array of several
+            For one image a list of `{"generated_text": str}`, one for each caption. With `choices` or `num_candidates`
+            each has its probability among the candidates, `"score"`, and with `choices` also that of each choice,
+            `"choices"`, as [`~TDDProcessor.post_process_choices`] returns it. For a list or an array of several
             a list of such lists, and else an iterator of them, which for a data set with a length has one too.
 
         Raises:

@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Processor of the captioner: images to pixels, texts to tokens, tokens to captions."""
 
+import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,55 @@ from .settings_tdd import suggest
 logger = logging.get_logger(__name__)
 
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+MAX_CHOICES = 4096  # combinations, each of which is scored
+Choices = dict[Any, list[str]] | list[str]
 PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")  # arguments of a tokenizer
+
+
+def combine(infill: str | None, choices: Choices, mask_token: str | None) -> list[str]:
+    r"""
+    All captions that choices allow.
+
+    Args:
+        infill (`str`, *optional*): A caption with gaps, for a dictionary.
+        choices: As in [`TDDProcessor`].
+        mask_token (`str`, *optional*): What stands in the place of a gap that has a number.
+
+    Raises:
+        `ValueError`: for choices that are empty or too many, and for gaps that are not there, or there twice.
+    """
+    if isinstance(choices, (list, tuple)):
+        if infill is not None:
+            raise ValueError("`infill` has gaps: give `choices` as a dictionary with the strings for each of them.")
+        return _check_strings("", choices)
+    if not isinstance(choices, dict) or not choices or infill is None:
+        raise ValueError(f"`choices` must be a list of captions, or a dictionary beside `infill`, got {choices!r}.")
+    marks = [f"[{gap}]" for gap in choices if isinstance(gap, str)] + ([mask_token] if mask_token else [])
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", infill) if marks else [infill]
+    masks = itertools.count()  # text and gaps alternate; a mask token that is no name has a number
+    gaps = [mark[1:-1] if mark[1:-1] in choices else next(masks) for mark in parts[1::2]]
+    for gap in choices:
+        if gaps.count(gap) != 1:
+            shown = f"[{gap}]" if isinstance(gap, str) else f"{mask_token} number {gap}"
+            raise ValueError(f"`choices`: {shown} must stand once in {infill!r}, and stands {gaps.count(gap)} times.")
+    checked = {gap: _check_strings(f" for {gap!r}", strings) for gap, strings in choices.items()}
+    number = math.prod(map(len, checked.values()))
+    if number > MAX_CHOICES:
+        raise ValueError(f"`choices` may have {MAX_CHOICES} combinations at most, got {number}.")
+    captions = []
+    for strings in itertools.product(*checked.values()):
+        filled = dict(zip(choices, strings))
+        parts[1::2] = [filled.get(gap, mask_token) for gap in gaps]
+        captions.append("".join(parts).strip())
+    return captions
+
+
+def _check_strings(where: str, strings: Any) -> list[str]:
+    """The strings without white space around them."""
+    is_list = isinstance(strings, (list, tuple)) and len(strings) > 0
+    if not is_list or not all(isinstance(string, str) and string.strip() for string in strings):
+        raise ValueError(f"`choices`{where} must be a list of strings, at least one, none empty, got {strings!r}.")
+    return [string.strip() for string in strings]
 
 
 def saveable_image_processor(image_processor: Any) -> Any:
@@ -82,6 +132,11 @@ class TDDProcessor(ProcessorMixin):
     >>> inputs = processor(images=image, text="a photo of", return_tensors="pt")  # ... from a fixed beginning
     >>> inputs = processor(images=image, infill="a [MASK] on a [MASK]", return_tensors="pt")  # ... around gaps
     >>> captions = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+    >>> choices = {"A": ["red", "green"], "B": ["apple", "pear"]}  # ... with one of these in each gap
+    >>> inputs = processor(images=image, infill="a [A] [B]", choices=choices, return_tensors="pt")
+    >>> outputs = model.generate(**inputs, return_dict_in_generate=True)
+    >>> processor.post_process_choices(outputs.candidate_probs, choices)
+    [{'A': {'red': 0.9, 'green': 0.1}, 'B': {'apple': 0.8, 'pear': 0.2}}]
     ```"""
 
     text_kwargs = {"add_special_tokens": False, "padding": True, "return_token_type_ids": False}
@@ -105,6 +160,7 @@ class TDDProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         captions: str | list[str] | None = None,
         infill: str | list[str] | None = None,
+        choices: Choices | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
@@ -121,6 +177,10 @@ class TDDProcessor(ProcessorMixin):
             infill (`str` or `list[str]`, *optional*):
                 Captions with gaps: each mask token stands for one token to fill, and everything else stays. One string
                 serves all images.
+            choices (`dict[str | int, list[str]]` or `list[str]`, *optional*):
+                What the captions may be. A list has whole captions, in which each mask token stands for one token to
+                fill. A dictionary has the strings that may stand in each gap of `infill`: in that of a name, `[A]`,
+                or in the place of the mask token with a number, 0 for the first. One may be longer than another.
             kwargs:
                 `return_tensors`, and arguments of the image processor and the tokenizer.
 
@@ -129,18 +189,21 @@ class TDDProcessor(ProcessorMixin):
             - `pixel_values`, with `images`;
             - `input_ids` and `attention_mask`, with `text`; an empty prompt is one token of padding;
             - `labels`, with `captions`: their tokens and the end token, padded;
-            - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`.
+            - `decoder_input_ids` and `decoder_attention_mask` (1 for fixed tokens), with `infill`;
+            - `choices` and `choices_mask` instead, of shape `(batch_size, num_choices, length)`, with `choices`: all
+              combinations, the last gap of the dictionary varying fastest.
 
         Raises:
             `TypeError`: for an image of another kind.
             `ValueError`: for an unreadable image, an empty caption, an infilling without a gap, different numbers of
-                images and texts, an unknown argument, or no input at all.
+                images and texts, an unknown argument, or no input at all; and for choices that are empty, equal,
+                too long, too many, of words that the tokenizer does not know, or for a gap that is not there.
         """
         self._check_names(kwargs)
-        if images is None and text is None and captions is None and infill is None:
-            raise ValueError("Give at least one of `images`, `text`, `captions` and `infill`.")
-        if text is not None and infill is not None:
-            raise ValueError("Give a prompt (`text`) or an infilling (`infill`), not both.")
+        if images is None and text is None and captions is None and infill is None and choices is None:
+            raise ValueError("Give at least one of `images`, `text`, `captions`, `infill` and `choices`.")
+        if text is not None and (infill is not None or choices is not None):
+            raise ValueError("Give a prompt (`text`), or an infilling (`infill`) or `choices`, not both.")
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = kwargs["text_kwargs"].pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -153,7 +216,12 @@ class TDDProcessor(ProcessorMixin):
         if text is not None:
             data.update(self._encode_prompts(self._to_list("text", text, num_images), kwargs["text_kwargs"]))
         if infill is not None:
-            data.update(self._encode_infilling(self._to_list("infill", infill, num_images)))
+            infill = self._to_list("infill", infill, num_images)
+        if choices is not None:
+            rows = [combine(text, choices, self.tokenizer.mask_token) for text in infill or [None] * (num_images or 1)]
+            data.update(self._encode_choices(rows))
+        elif infill is not None:
+            data.update(self._encode_infilling(infill))
         if captions is not None:
             data["labels"] = self._encode_captions(self._to_list("captions", captions, num_images))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -256,10 +324,55 @@ class TDDProcessor(ProcessorMixin):
         for text, row in zip(texts, rows):
             if mask_token not in row:
                 raise ValueError(f"Nothing to fill: {text!r} has no {self.tokenizer.mask_token}.")
-        # The end is fixed, and so is the padding behind it: the caption has the words around the gaps and no others.
-        rows = self._pad([[*row, self.tokenizer.eos_token_id] for row in rows])
-        fixed = [[int(token != mask_token) for token in row] for row in rows]
+        rows, fixed = self._fix(rows)
         return {"decoder_input_ids": rows, "decoder_attention_mask": fixed}
+
+    def _encode_choices(self, captions: list[list[str]]) -> dict[str, list[list[list[int]]]]:
+        """Tokens of the same number of choices for each image."""
+        texts = [text for choices in captions for text in choices]
+        rows, longest, unknown = self._encode(texts), self.tokenizer.model_max_length - 1, self.tokenizer.unk_token_id
+        for text, row in zip(texts, rows):
+            if not row or len(row) > longest:
+                raise ValueError(f"`choices`: {text!r} has {len(row)} tokens, and may have 1 to {longest}.")
+            if unknown is not None and unknown in row:
+                raise ValueError(f"`choices`: {text!r} has words that the tokenizer does not know.")
+        number = len(captions[0])
+        for first in range(0, len(rows), number):
+            own = list(map(tuple, rows[first : first + number]))
+            if repeated := {texts[first + place] for place, row in enumerate(own) if own.count(row) > 1}:
+                raise ValueError(f"`choices` must differ to the tokenizer, got {sorted(repeated)}.")
+        rows, fixed = self._fix(rows)
+        starts = range(0, len(rows), number)
+        grouped = ([part[start : start + number] for start in starts] for part in (rows, fixed))
+        return dict(zip(("choices", "choices_mask"), grouped))
+
+    def _fix(self, rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows with their end, and what is fixed of them: all but mask tokens. The end is fixed, and so is the padding
+        behind it: the caption has the words around the gaps and no others."""
+        rows = self._pad([[*row, self.tokenizer.eos_token_id] for row in rows])
+        return rows, [[int(token != self.tokenizer.mask_token_id) for token in row] for row in rows]
+
+    def post_process_choices(self, candidate_probs: Tensor, choices: Choices) -> list[dict[Any, Any]]:
+        r"""
+        The probability of each choice.
+
+        Args:
+            candidate_probs (`torch.Tensor` of shape `(batch_size, num_choices)`): Of the output of `generate`.
+            choices: As the processor was given them.
+
+        Returns:
+            `list[dict]`: for each image, of a list of captions the probability of each, and of a dictionary for each
+            gap those of its strings, summed over the strings in the other gaps.
+        """
+        if not isinstance(choices, dict):
+            return [dict(zip(choices, probs)) for probs in candidate_probs.tolist()]
+        shape = [len(strings) for strings in choices.values()]
+        results = []
+        for probs in candidate_probs.view(-1, *shape):
+            others = [[axis for axis in range(len(shape)) if axis != own] for own in range(len(shape))]
+            sums = [probs.sum(axes) if axes else probs for axes in others]
+            results.append({gap: dict(zip(choices[gap], own.tolist())) for gap, own in zip(choices, sums)})
+        return results
 
     def _pad(self, rows: list[list[int]]) -> list[list[int]]:
         length = max(map(len, rows))

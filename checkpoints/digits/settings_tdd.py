@@ -161,10 +161,12 @@ SETTINGS = {
     "repetition_penalty": number(0.001, 1000),
     "bad_words_ids": Setting("a list of non-empty lists of token ids", _are_token_sequences),
     "num_return_sequences": integer(1, 2**16),
+    "num_candidates": integer(1, 2**16),
+    "score_temperature": number(0.001, 1000),
     "return_dict_in_generate": FLAG,
     "output_trajectory": FLAG,
     # Scores of given captions
-    "method": choice("pseudo_likelihood", "diffusion_bound"),
+    "method": choice("likelihood", "pseudo_likelihood", "diffusion_bound"),
     "num_draws": integer(1, 2**16),
     "max_rows": _COUNT,
     # What a call computes with
@@ -178,6 +180,8 @@ SETTINGS = {
     "attention_mask": tensor("booleans or numbers", 2),
     "decoder_input_ids": tensor("integers", 2),
     "decoder_attention_mask": tensor("booleans or numbers", 2),
+    "choices": tensor("integers", 3),
+    "choices_mask": tensor("booleans or numbers", 3),
     "cache": Setting("the `cache` of an earlier output", lambda value: hasattr(value, "key_values")),
     "use_cache": FLAG,
     "generation_config": Setting(
