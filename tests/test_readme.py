@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "docs/quickstart.md", "docs/guides/train.md", "docs/guides/finetune.md"]
 DOCUMENTS += ["docs/guides/generate.md", "docs/guides/publish.md", "docs/guides/notebooks.md", "docs/comparisons.md"]
 DOCUMENTS += ["docs/how_it_works.md", "docs/index.md", "docs/results.md", "docs/performance.md"]
+DOCUMENTS += ["docs/newcomer.md", "docs/testing.md"]
 EMOJI = ROOT / "scripts/data/emoji_mini"
 SET_UP = ("python3 -m venv", ". ", "pip install")
 
