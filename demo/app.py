@@ -48,7 +48,8 @@ CONCURRENCY = 2
 MAX_FILE_SIZE = "10mb"
 SECONDS_PER_STEP = 0.4
 QUEUE_SIZE = 100
-CSS = ".token .label { color: black }"  # Gradio's is white, for darker colours than ours
+# Gradio's labels are white, for darker colours than ours, and its dark theme would darken ours
+CSS = ".token .label { color: black } .textfield { background: white }"
 INTRODUCTION = """# Captions by Tweedie discrete diffusion
 Drop a picture or take an example, and press **Caption**. All tokens are denoised together, and each step predicts
 them anew: blue tokens are sure, orange ones are not. The shipped models know emoji and handwritten digits, no more.
@@ -60,7 +61,7 @@ class View(NamedTuple):
 
     caption: gr.Textbox
     draft: gr.HighlightedText
-    token: gr.Dropdown
+    token: gr.Slider
     candidates: gr.Plot
 
 
@@ -69,6 +70,9 @@ class Demo:
 
     def __init__(self, captioners: list[Captioner], classifier: Any):
         self.captioners, self.classifier = captioners, classifier
+        kinds = [captioner.kind for captioner in captioners]
+        numbered = [f"{kind} {number}" for number, kind in enumerate(kinds, start=1)]
+        self.names = kinds if len(set(kinds)) == len(kinds) else numbered
         with gr.Blocks(title="Tweedie discrete diffusion", analytics_enabled=False) as self.page:
             gr.Markdown(INTRODUCTION)
             with gr.Row():
@@ -94,28 +98,29 @@ class Demo:
         choices.render()
         inputs += [
             gr.Slider(1, 100, value=config.num_inference_steps, step=1, label="Denoising steps"),
-            gr.Slider(0, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
+            gr.Slider(1, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
             gr.Radio([("the model's own", ""), "renoise", "confidence"], value="", label="Sampler of TDD"),
             gr.Number(0, label="Seed", precision=0, minimum=0),
         ]
         return inputs, gr.Button("Caption", variant="primary")
 
     def _build_outputs(self) -> None:
-        self.results, names = gr.State(), [captioner.name for captioner in self.captioners]
+        self.results = gr.State()
         captions, drafts, tokens, candidates = [], [], [], []
         self.table = gr.Dataframe(headers=["model", "gap", "choice", "probability"], label="Choices", visible=False)
         with gr.Row():
-            for name in names:
+            for name, captioner in zip(self.names, self.captioners):
                 with gr.Column(min_width=300):
-                    captions.append(gr.Textbox(label=f"Caption by {name}", lines=2))
+                    captions.append(gr.Textbox(label=f"Caption by {name}", info=captioner.source, lines=2))
                     drafts.append(gr.HighlightedText(label="Draft of the step shown", color_map=COLOR_MAP))
         with gr.Row():
             self.step = gr.Slider(1, 2, value=1, step=1, label="Step shown", interactive=True, scale=3, min_width=300)
-            self.replay = gr.Button("Replay the steps", min_width=140)
+            self.replay = gr.Button("Replay the steps", min_width=190)
         with gr.Row():
-            for name in names:
+            for name in self.names:
                 with gr.Column(min_width=300):
-                    tokens.append(gr.Dropdown(label=f"Candidates of a token of {name}", interactive=True))
+                    label = f"Token of {name} whose candidates are shown"
+                    tokens.append(gr.Slider(1, 2, value=1, step=1, label=label, interactive=True))
                     candidates.append(gr.Plot(show_label=False))
         self.views = [View(*components) for components in zip(captions, drafts, tokens, candidates)]
         with gr.Row():
@@ -128,6 +133,7 @@ class Demo:
         captions = [view.caption for view in self.views]
         others = [component for view in self.views for component in view[1:]]
         private = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        latest = {**private, "trigger_mode": "always_last"}  # a slider that is dragged changes often
         done = button.click(
             self.caption,
             inputs,
@@ -142,9 +148,9 @@ class Demo:
             ),
             self.replay.click(self.play, *replay, **private),
         ]
-        self.step.input(self.show_step, [self.results, self.step], drafts, cancels=plays, **private)
+        self.step.input(self.show_step, [self.results, self.step], drafts, cancels=plays, **latest)
         for index, view in enumerate(self.views):
-            view.token.input(partial(self.plot, index), [self.results, view.token], view.candidates, **private)
+            view.token.input(partial(self.plot, index), [self.results, view.token], view.candidates, **latest)
 
     def caption(
         self, path: str | None, text: str, choices: str, steps: int, guidance: float, sampler: str, seed: int
@@ -164,24 +170,21 @@ class Demo:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         scores = {entry["label"]: entry["score"] for entry in self.classifier(image, top_k=3)}
-        names = [captioner.name for captioner in self.captioners]
-        table = gr.Dataframe(tabulate_choices(names, results), visible=bool(results[0].choices))
+        table = gr.Dataframe(tabulate_choices(self.names, results), visible=bool(results[0].choices))
         yield {**shown, self.table: table, self.results: results, self.label: scores}
 
     def describe(self, results: list[Denoised]) -> dict[Any, Any]:
         """Shows the steps once they are all there, and the candidates of the token that was least sure."""
-        names = [captioner.name for captioner in self.captioners]
         updates = {
             self.step: gr.Slider(maximum=max(2, len(results[0].frames)), value=1),
-            self.entropy: plot_entropies(names, results),
+            self.entropy: plot_entropies(self.names, results),
         }
         for captioner, view, denoised in zip(self.captioners, self.views, results):
-            names = [f"{place}: {piece.strip()}" for place, (piece, _) in enumerate(denoised.frames[-1].tokens, 1)]
-            sure = denoised.outputs.trajectory.log_probs[0, :, : len(names)].mean(0)
-            unsure = int(sure.argmin()) if names else 0
-            tokens = [(name, place) for place, name in enumerate([*names, "end"])]
-            updates[view.token] = gr.Dropdown(tokens, value=unsure)
-            updates[view.candidates] = captioner.plot(denoised, unsure)
+            places = len(denoised.frames[-1].tokens) + 1  # with the end
+            sure = denoised.outputs.trajectory.log_probs[0, :, :places].mean(0)
+            unsure = int(sure.argmin()) + 1
+            updates[view.token] = gr.Slider(maximum=max(2, len(sure)), value=unsure)
+            updates[view.candidates] = captioner.plot(denoised, unsure - 1)
             updates[view.draft] = highlight(denoised.frames[0])
         return updates
 
@@ -195,9 +198,9 @@ class Demo:
         """Shows the drafts of a step."""
         return {view.draft: highlight(denoised.frames[:step][-1]) for view, denoised in zip(self.views, results or [])}
 
-    def plot(self, index: int, results: list[Denoised] | None, place: int | None) -> Figure | None:
-        """Draws the candidates of one place of one model's caption."""
-        return self.captioners[index].plot(results[index], place) if results and place is not None else None
+    def plot(self, index: int, results: list[Denoised] | None, place: int) -> Figure | None:
+        """Draws the candidates of one token of one model's caption; the first is 1."""
+        return self.captioners[index].plot(results[index], place - 1) if results else None
 
 
 def parse_args() -> argparse.Namespace:

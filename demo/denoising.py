@@ -56,13 +56,14 @@ class DraftStreamer(BaseStreamer):
 
 
 class Captioner:
-    """A captioner and its name in the app."""
+    """A captioner, of which kind it is, and where it came from."""
 
     def __init__(self, path: str):
         self.pipeline = pipeline("image-captioning", model=path)
         self.model, self.processor = self.pipeline.model, self.pipeline.processor
         self.is_masked = self.model.config.corruption == "mask"
-        self.name = f"{'MDD' if self.is_masked else 'TDD'} ({Path(path).name})"
+        self.kind = "MDD" if self.is_masked else "TDD"
+        self.source = "/".join(Path(path).parts[-2:])
 
     def decode(self, tokens: Tensor) -> str:
         return self.processor.decode(tokens, skip_special_tokens=True)
@@ -129,7 +130,9 @@ def plot_entropies(names: Sequence[str], results: Sequence[Denoised]) -> Figure:
     steps = max(len(denoised.frames) for denoised in results)
     ticks = range(1, 1 + steps, -(-steps // 10))
     panel = Panel("Mean entropy of the tokens' predictions", "denoising step", "bits", lines, ticks=ticks)
-    return plot_panels([panel], names)
+    figure = plot_panels([panel], names)
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
 
 
 def parse_choices(text: str, caption: str) -> Choices | None:

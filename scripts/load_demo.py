@@ -88,6 +88,7 @@ def main() -> None:
         "rss_start_mib": memory[0],
         "rss_end_mib": memory[1],
         "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),  # more than the CPUs: other processes ran, too
         "gradio": gradio.__version__,
     }
     print(json.dumps(figures, indent=2))

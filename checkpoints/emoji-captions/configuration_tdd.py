@@ -350,7 +350,10 @@ class TDDConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TDDConfig":
-        """As in Transformers. What a file says may not name a repository with code."""
+        """As in Transformers. What a file says may not name a repository with code. `dtype="auto"`, with which
+        pipelines load a tokenizer's configuration, stands for the file's own."""
+        if kwargs.get("dtype") == "auto":
+            kwargs.pop("dtype")
         for name in ("attn_implementation", "experts_implementation"):
             refuse_locations(name, config_dict.get(name))
         return super().from_dict(config_dict, **kwargs)
