@@ -98,7 +98,7 @@ class Demo:
         choices.render()
         inputs += [
             gr.Slider(1, 100, value=config.num_inference_steps, step=1, label="Denoising steps"),
-            gr.Slider(0, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
+            gr.Slider(1, 5, value=config.guidance_scale, step=0.1, label="Guidance scale (1: none)"),
             gr.Radio([("the model's own", ""), "renoise", "confidence"], value="", label="Sampler of TDD"),
             gr.Number(0, label="Seed", precision=0, minimum=0),
         ]

@@ -3,7 +3,7 @@
 
 import re
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -239,6 +239,10 @@ class TDDConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
     }
 
+    if TYPE_CHECKING:  # takes Transformers' own fields too, such as `num_labels`
+
+        def __init__(self, **fields: Any) -> None: ...
+
     # Image encoder
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     pooling: str | None = "cls"
@@ -346,7 +350,10 @@ class TDDConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TDDConfig":
-        """As in Transformers. What a file says may not name a repository with code."""
+        """As in Transformers. What a file says may not name a repository with code. `dtype="auto"`, with which
+        pipelines load a tokenizer's configuration, stands for the file's own."""
+        if kwargs.get("dtype") == "auto":
+            kwargs.pop("dtype")
         for name in ("attn_implementation", "experts_implementation"):
             refuse_locations(name, config_dict.get(name))
         return super().from_dict(config_dict, **kwargs)
@@ -355,7 +362,7 @@ class TDDConfig(PreTrainedConfig):
         """What `None` stands for, by task and method."""
         one_token, without_noise = self.max_position_embeddings == 1, self.corruption != "gaussian"
         timestep_sampling = self.timestep_sampling or ("shared" if one_token or without_noise else "per_token")
-        defaults = {
+        defaults: dict[str, Any] = {
             "noise_schedule": "cosine" if one_token else "projected",
             "input_weighting": "none" if one_token or without_noise else "visibility",
             "timestep_sampling": timestep_sampling,
@@ -365,7 +372,7 @@ class TDDConfig(PreTrainedConfig):
         }
         if self.vocab_size is None:
             defaults |= CLASSIFIER_INFERENCE
-            defaults["num_inference_steps"] = min(CLASSIFIER_INFERENCE["num_inference_steps"], self.num_timesteps)
+            defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.num_timesteps)
         return defaults
 
     @property
@@ -411,7 +418,7 @@ class TDDConfig(PreTrainedConfig):
             for side in size if isinstance(size, (list, tuple)) else (size,):
                 if isinstance(side, (int, float)):
                     check(f"vision_config.{name}", side, integer(1, 2**20))
-        check_encoder_sizes("vision_config", self.vision_config.to_dict())
+        check_encoder_sizes("vision_config", cast(PreTrainedConfig, self.vision_config).to_dict())
 
     def _validate_diffusion(self) -> None:
         if self.corruption != "mask" and self.num_categories < 2:

@@ -30,7 +30,7 @@ from .diffusion_tdd import NoiseSchedule, add_noise, noise_factor
 from .sampling_tdd import select_rows
 
 
-KeyValue = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, ...]  # of these two
 
 
 def eager_attention_forward(

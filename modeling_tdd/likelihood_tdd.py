@@ -15,11 +15,12 @@ The first two need a network that was trained with a timestep for each token, or
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .configuration_tdd import TDDConfig
 from .loss_tdd import draw_noisy_targets
 from .samplers_tdd import follows_end, settled_timestep
 from .sampling_tdd import log_probability
@@ -36,6 +37,13 @@ class PlacePrediction(NamedTuple):
 
 class TDDLikelihoodMixin:
     """`score` for models that denoise tokens together. It stands beside `PreTrainedModel`."""
+
+    # What the model has
+    config: TDDConfig
+    model: Any
+    lm_head: nn.Module
+    training: bool
+    _fill_labels: Any
 
     @torch.no_grad()
     def score(

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
-    BatchFeature,
     ImageClassificationPipeline,
     ImageTextToTextPipeline,
     Pipeline,
@@ -40,7 +39,7 @@ GENERATION_NAMES = set(TDDGenerationConfig._DEFAULTS) - {"return_dict_in_generat
 class Numbered(NamedTuple):
     """One of several inputs, with its number for errors."""
 
-    index: int
+    number: int
     content: Any
 
 
@@ -56,7 +55,7 @@ class TDDImageClassificationPipeline(ImageClassificationPipeline):
     def get_iterator(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().get_iterator(number(inputs), *args, **kwargs)
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
         index, image = image if isinstance(image, Numbered) else (None, image)
         return super().preprocess(open_image(image, timeout, index=index))
 
@@ -68,13 +67,14 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
     # Its code travels with every model, since Transformers' own pipelines, which a machine without this package has,
     # save the parts of a processor without it.
     processor: TDDProcessor
+    model: Any  # a captioner
 
     def __init__(self, *args: Any, **kwargs: Any):
         """As in the parent class. Raises a `ValueError` for a tokenizer that does not fit the model."""
         super().__init__(*args, **kwargs)
         self.model.check_tokenizer(self.tokenizer)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in the parent class. Raises a `ValueError` for a text without an image."""
         if images is None and (isinstance(text, str) or (text and isinstance(text[0], str))):
             raise ValueError("Give `images`: a captioner continues a text only beside an image.")
@@ -83,7 +83,9 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         first = images[0] if isinstance(images, (list, tuple)) else images
         return super().__call__(images, "" if text is None and is_image(first) else text, **kwargs)
 
-    def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> tuple[dict, ...]:
+    def _sanitize_parameters(  # type: ignore[override]
+        self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[dict, ...]:
         generate_kwargs = dict(generate_kwargs or {})
         names = set(signature(super()._sanitize_parameters).parameters) | GENERATION_NAMES
         names |= self.processor.argument_names | set(CHOICE_NAMES)
@@ -116,7 +118,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
         Path(save_directory, "preprocessor_config.json").unlink(missing_ok=True)  # it is in processor_config.json
 
-    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         index, inputs = inputs if isinstance(inputs, Numbered) else (None, inputs)
         if isinstance(inputs, dict) or is_image(inputs):  # and not a chat
             row = _to_row(inputs, "")
@@ -131,7 +133,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         encoded["text"] = encoded["text"] or ""  # which is put before each caption
         return encoded
 
-    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: Any = None) -> Any:  # type: ignore[override]
         """As in the parent class, with the probabilities of candidates where they are ranked."""
         text = model_inputs.pop("text")
         settings = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
@@ -148,7 +150,7 @@ class TDDImageTextToTextPipeline(ImageTextToTextPipeline):
         sequences = sequences.unflatten(0, (batch_size, -1))
         return {"generated_sequence": sequences, "prompt_text": text, "input_ids": input_ids, **ranked}
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], choices: Choices | None = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """As in the parent class. Where candidates were ranked, each caption has its probability as `"score"`, and
@@ -184,7 +186,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
     [{'generated_text': 'a black cat', 'score': 0.9, 'choices': {'A': {'black': 0.9, 'white': 0.1}}}]
     ```"""
 
-    def __call__(self, images: Any, text: str | list[str] = "", **kwargs: Any) -> Any:
+    def __call__(self, images: Any, text: str | list[str] = "", **kwargs: Any) -> Any:  # type: ignore[override]
         r"""
         Args:
             images:
@@ -216,7 +218,7 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             texts = [text] * len(images) if isinstance(text, str) else text
             if len(texts) != len(images):
                 raise ValueError(f"There are {len(images)} images and {len(texts)} of `text`.")
-            rows = [_to_row(image, text, index) for index, (image, text) in enumerate(zip(images, texts))]
+            rows: Any = [_to_row(image, text, index) for index, (image, text) in enumerate(zip(images, texts))]
             return run(rows, **kwargs) if rows else []
         if not isinstance(text, str):
             raise ValueError("`text` must be one string, unless the images are a list.")
@@ -234,7 +236,9 @@ class TDDImageToTextPipeline(TDDImageTextToTextPipeline):
             f"{type(images).__name__}."
         )
 
-    def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], **kwargs: Any
+    ) -> list[dict[str, Any]]:
         """As in the parent class, without the prompt beside each caption."""
         return [
             {name: value for name, value in record.items() if name != "input_text"}
@@ -300,10 +304,10 @@ class _Stream(IterableDataset):
         return (_to_row(image, self.text, index) for index, image in enumerate(self.images))
 
 
-def prefer_for_tdd(ours: type[Pipeline]) -> type[Pipeline]:
+def prefer_for_tdd(ours: type) -> type:
     """A class to register in the place of the parent class of `ours`. For a model of TDD it makes `ours`, and for any
     other one that parent class itself as before."""
-    theirs = ours.__base__
+    theirs: Any = ours.__base__
 
     def make(cls: type, *args: Any, model: Any, **kwargs: Any) -> Pipeline:
         return (ours if model.config.model_type == "tdd" else theirs)(*args, model=model, **kwargs)

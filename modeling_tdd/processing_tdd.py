@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, CLIPImageProcessor, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .images_tdd import list_images, open_image
@@ -161,7 +161,7 @@ class TDDProcessor(ProcessorMixin):
         captions: str | list[str] | None = None,
         infill: str | list[str] | None = None,
         choices: Choices | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         r"""
         Args:
@@ -204,17 +204,17 @@ class TDDProcessor(ProcessorMixin):
             raise ValueError("Give at least one of `images`, `text`, `captions`, `infill` and `choices`.")
         if text is not None and (infill is not None or choices is not None):
             raise ValueError("Give a prompt (`text`), or an infilling (`infill`) or `choices`, not both.")
-        kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        return_tensors = kwargs["text_kwargs"].pop("return_tensors", None)
+        merged: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         data: dict[str, Any] = {}
         num_images = None
         if images is not None:
-            kwargs["images_kwargs"].pop("return_tensors", None)
-            images = self._read_images(images, kwargs["images_kwargs"])
-            data.update(self.image_processor(images, return_tensors="np", **kwargs["images_kwargs"]))
+            merged["images_kwargs"].pop("return_tensors", None)
+            images = self._read_images(images, merged["images_kwargs"])
+            data.update(self.image_processor(images, return_tensors="np", **merged["images_kwargs"]))
             num_images = len(data["pixel_values"])
         if text is not None:
-            data.update(self._encode_prompts(self._to_list("text", text, num_images), kwargs["text_kwargs"]))
+            data.update(self._encode_prompts(self._to_list("text", text, num_images), merged["text_kwargs"]))
         if infill is not None:
             infill = self._to_list("infill", infill, num_images)
         if choices is not None:

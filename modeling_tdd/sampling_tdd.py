@@ -120,7 +120,7 @@ def guidance_scales(guidance_schedule: str, guidance_scale: float, num_inference
     return [1 + (guidance_scale - 1) * share for share in shares]
 
 
-def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, equation 1: `uncond + scale * (cond - uncond)`."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -154,7 +154,7 @@ class TokenChoice(NamedTuple):
 
     def __call__(self, logits: Tensor, place: int | None = None) -> Tensor:
         """Tokens of shape (rows,) of one place from logits (rows, K), or of all, (rows, N) from (rows, N, K)."""
-        given = (self.state.is_final, self.state.tokens, self.uniform)
+        given: Any = (self.state.is_final, self.state.tokens, self.uniform)
         if place is not None:
             given = (None if values is None else values[:, place] for values in given)
         is_final, tokens, uniform = given

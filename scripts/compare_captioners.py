@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of captioners")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and the splits")
     parser.add_argument("--splits", nargs="+", default=["validation", "test_combo", "test_vendor"])
-    parser.add_argument("--num-images", type=int, default=500, help="the first of each split; default: 500")
+    parser.add_argument("--num-images", type=int, default=200, help="the first of each split; default: 200")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/results/constraints"), help="folder of reports")
     return parser.parse_args()
 

@@ -1,19 +1,24 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""Tests of the documents: they name every field, and what they and the code refer to exists."""
+"""Tests of the documents: they name every field, what they and the code refer to exists, and the site is built."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from modeling_tdd import TDDConfig
+from modeling_tdd.configuration_tdd import CLASSIFIER_INFERENCE
 from modeling_tdd.generation_configuration_tdd import TDDGenerationConfig
 
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_tdd"
 PAPER = (ROOT / "docs/paper.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "model_cards").glob("*.md")]
 # Where files are that the documents name
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "training", ROOT / "scripts", ROOT / "scripts/recipes")
 # Which rooms of the package a room may import, as docs/architecture.md says
@@ -58,8 +63,8 @@ def defined_names(text: str) -> list[tuple[str, str]]:
 
 def texts_that_cite() -> dict[str, str]:
     files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.md"), *(ROOT / "scripts").rglob("*.py")]
-    files += [*(ROOT / "scripts").rglob("*.yaml"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]
-    return {str(file.relative_to(ROOT)): file.read_text() for file in [*files, ROOT / "README.md"]}
+    files += [*(ROOT / "scripts").rglob("*.yaml"), *DOCUMENTS]
+    return {str(file.relative_to(ROOT)): file.read_text() for file in files}
 
 
 @pytest.mark.parametrize("field", [*OWN_FIELDS, *TDDGenerationConfig._DEFAULTS])
@@ -82,11 +87,39 @@ def test_citations_are_found_in_all_forms() -> None:
     assert cited_decisions(text) == {1, 2, 3, 9, 11, 12, 13, 14, 26}
 
 
-@pytest.mark.parametrize("document", ["paper", "design", "architecture"])
+@pytest.mark.parametrize("option", sorted({*TDDGenerationConfig._DEFAULTS, *CLASSIFIER_INFERENCE}))
+def test_every_option_stands_in_the_guide_to_generation(option: str) -> None:
+    guide = (ROOT / "docs/guides/generate.md").read_text()
+    assert re.search(rf"\b{option}\b", guide)
+
+
+@pytest.mark.parametrize("document", ["paper", "design", "architecture", "guides/train"])
 def test_every_named_file_exists(document: str) -> None:
     files = named_files((ROOT / f"docs/{document}.md").read_text())
     assert len(files) > 5
     assert {file for file in files if not any((folder / file).exists() for folder in FOLDERS)} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """Links between files. Those to headings are checked where the site is built."""
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", document.read_text())
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # that is about the next version of MkDocs
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Docstrings are read as Transformers writes them: arguments as a list, links where there is something to link to
+    page = (tmp_path / "reference/generation.html").read_text()
+    assert "<li><strong>num_draws</strong> (<code>int</code>, <em>optional</em>, defaults to 16)" in page
+    assert re.search(
+        r'<a [^>]*href="configuration.html#[^>]*TDDGenerationConfig"><code>TDDGenerationConfig</code>', page
+    )
+    pages = [file.read_text() for file in (tmp_path / "reference").glob("*.html")]
+    assert not [text for text in pages if "[<code>" in text or "autoref" in re.sub(r'class="autorefs[^"]*"', "", text)]
 
 
 def test_every_named_function_is_in_its_file() -> None:

@@ -358,6 +358,14 @@ def test_shipped_captioner(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pipe(transparent) == [record]
 
 
+def test_loading_warns_of_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines load a tokenizer with `dtype="auto"`. A configuration that refuses it is replaced by a plain one."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = Path(__file__).parent.parent / "checkpoints/emoji-captions"
+    pipeline("image-captioning", model=str(folder))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
+
+
 def test_left_padding(folder: str, images: list[Image.Image], captions: list[str]) -> None:
     make_tokenizer("left").save_pretrained(folder)
     pipe = pipeline("image-captioning", model=folder)

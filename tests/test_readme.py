@@ -1,16 +1,22 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The README is executed: each of its ```bash and ```python blocks, in their order, in one folder and one namespace.
+"""The README and the guides are executed: each of their ```bash and ```python blocks, in their order, in one folder.
 
 - A new block is picked up by itself. `<!-- not run: REASON -->` above a block takes it out, and
   ``<!-- not run `accelerate launch`: REASON -->`` takes out its commands that start so. What is taken out is parsed:
   its script, its arguments, its recipe with the overrides. `pytest tests/test_readme.py -rs` lists the reasons.
+- A ```text block is what the block before it prints, with `...` for what is left out. It is compared.
+- The Python blocks of a document share a namespace. A document stands by itself, but for `outputs/` of those before.
 - Commands that set up an environment (`SET_UP`) are not run here: the project's CI runs them, from the README too.
 - Commands of a script in the middle of a sentence are parsed too; calls of a pipeline stand in blocks alone.
-- The default run shortens trainings: one epoch on a few pictures (`SHORTER`). `pytest -m slow` runs them in full.
-- Blocks find what `given_files` and `given_names` hold, which the README takes for granted: a reader's own pictures.
+- The default run shortens trainings: one epoch on a few pictures (`SHORTER`). `pytest -m slow` runs them in full, and
+  compares what they print.
+- Blocks find what `workspace` holds, which the documents take for granted: a reader's own pictures.
 """
 
 import argparse
+import contextlib
+import doctest
+import io
 import os
 import re
 import runpy
@@ -23,13 +29,16 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
 
 from modeling_tdd.training.recipe import load_recipe
 
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+# In the order in which a reader meets them; the training guide makes what later ones use
+DOCUMENTS = ["README.md", "docs/quickstart.md", "docs/guides/train.md", "docs/guides/finetune.md"]
+DOCUMENTS += ["docs/guides/generate.md", "docs/guides/publish.md", "docs/guides/notebooks.md", "docs/comparisons.md"]
+DOCUMENTS += ["docs/how_it_works.md", "docs/index.md", "docs/results.md", "docs/performance.md"]
+DOCUMENTS += ["docs/newcomer.md", "docs/testing.md"]
 EMOJI = ROOT / "scripts/data/emoji_mini"
 SET_UP = ("python3 -m venv", ". ", "pip install")
 
@@ -48,15 +57,17 @@ SHORTER_BY_TASK = {
 
 @dataclass
 class Block:
-    """A code block of the README. `comments` are the HTML comments right above it."""
+    """A code block. `comments` are the HTML comments right above it, and `printed` is the ```text block behind it."""
 
+    document: str
     line: int
     language: str
     text: str
     comments: list[str]
+    printed: str | None = None
 
     def __str__(self) -> str:
-        return f"line {self.line}, {self.language}"
+        return f"{self.document}, line {self.line}, {self.language}"
 
     @property
     def commands(self) -> list[str]:
@@ -73,7 +84,7 @@ class Block:
         return None
 
 
-def read_blocks(text: str) -> list[Block]:
+def read_blocks(text: str, document: str) -> list[Block]:
     blocks, comments, lines = [], [], iter(enumerate(text.splitlines(), 1))
     for number, line in lines:
         if comment := re.fullmatch(r"<!-- (.+) -->", line):
@@ -82,19 +93,23 @@ def read_blocks(text: str) -> list[Block]:
             content = []
             while (line := next(lines)[1]) != "```":
                 content.append(line)
-            blocks.append(Block(number, fence[1], "\n".join(content), comments))
+            if fence[1] == "text" and blocks and not comments:
+                blocks[-1].printed = "\n".join(content)
+            else:
+                blocks.append(Block(document, number, fence[1], "\n".join(content), comments))
             comments = []
         else:
             comments = []
     return blocks
 
 
-BLOCKS = read_blocks(README.read_text())
+TEXTS = {document: (ROOT / document).read_text() for document in DOCUMENTS}
+BLOCKS = [block for document, text in TEXTS.items() for block in read_blocks(text, document)]
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's folder with room for outputs, and the pictures of the README's examples."""
+    """The project's folder with room for outputs, and the pictures of the examples."""
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("scripts", "checkpoints", "model_cards", "docs", "tests"):
         if (ROOT / name).exists():
@@ -106,9 +121,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def namespace() -> dict[str, Any]:
-    """What the blocks share. `folder` and `image` stand for a captioner and a picture of the reader's."""
-    return {"__name__": "__main__", "folder": "outputs/emoji/tdd-seed0"}
+def namespaces() -> dict[str, dict[str, Any]]:
+    """What the blocks of each document share."""
+    return {document: {"__name__": "__main__"} for document in DOCUMENTS}
 
 
 def script_arguments(command: str) -> list[str] | None:
@@ -132,11 +147,13 @@ def shorten(command: str) -> str:
     return command.replace("--set", f"--set {quoted}") if "--set" in words else f"{command} --set {quoted}"
 
 
-def run_command(command: str, folder: Path) -> None:
+def run_command(command: str, folder: Path) -> str:
+    """What the command writes to its standard output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 class Parsed(Exception):
@@ -153,6 +170,7 @@ def parse_command(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Nam
 
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
+        patch.syspath_prepend(ROOT / "scripts")  # as for a script that is started
         patch.setattr(sys, "argv", arguments)
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(Parsed) as parsed:
@@ -165,38 +183,53 @@ def parse_command(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Nam
 
 def run_block(block: Block, folder: Path, namespace: dict[str, Any], patch: pytest.MonkeyPatch, full: bool) -> None:
     patch.chdir(folder)
+    printed, is_shortened = io.StringIO(), False
     if block.language == "python":
-        namespace["image"] = Image.open("image.png")
-        exec(compile(block.text, f"{README.name}, line {block.line}", "exec"), namespace)
-        return
-    assert block.language == "bash", f"nobody knows how to run {block}: mark it by <!-- not run: REASON -->"
-    for command in block.commands:
-        if block.reason_not_to_run(command) is None:
-            run_command(command if full else shorten(command), folder)
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, str(block), "exec"), namespace)
+    else:
+        assert block.language == "bash", f"nobody knows how to run {block}: mark it by <!-- not run: REASON -->"
+        for command in block.commands:
+            if block.reason_not_to_run(command) is None:
+                given = command if full else shorten(command)
+                is_shortened |= given != command
+                printed.write(run_command(given, folder))
+    if block.printed is not None and block.commands and not is_shortened:
+        assert_printed(block.printed, printed.getvalue())
+
+
+def assert_printed(expected: str, printed: str) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    example = doctest.Example("", f"{expected}\n")
+    checker = doctest.OutputChecker()
+    if not checker.check_output(example.want, printed, options):
+        raise AssertionError(checker.output_difference(example, printed, options))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_block(block: Block, workspace: Path, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block(
+    block: Block, workspace: Path, namespaces: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if reason := block.reason_not_to_run():
-        pytest.skip(f"README.md, {block}: {reason}")
-    run_block(block, workspace, namespace, monkeypatch, full=False)
+        pytest.skip(f"{block}: {reason}")
+    run_block(block, workspace, namespaces[block.document], monkeypatch, full=False)
 
 
 @pytest.mark.slow
 def test_all_blocks_in_full(
-    workspace: Path, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workspace: Path, namespaces: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for entry in workspace.iterdir():
         if entry.name != "outputs":  # of the shortened run
             (tmp_path / entry.name).symlink_to(entry.resolve())
     for block in BLOCKS:
         if not block.reason_not_to_run():
-            run_block(block, tmp_path, namespace, monkeypatch, full=True)
+            run_block(block, tmp_path, namespaces[block.document], monkeypatch, full=True)
 
 
 # Commands in the middle of a sentence, which take long: they are parsed as those that are not run
-PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-IN_PROSE = [(None, command) for command in re.findall(r"`(python scripts/[^`]+)`", PROSE)]
+PROSE = re.sub(r"^```.*?^```$", "", "\n".join(TEXTS.values()), flags=re.MULTILINE | re.DOTALL)
+IN_PROSE = [(None, command) for command in re.findall(r"`(python scripts/[^`\s]+\s[^`]+)`", PROSE)]
 NOT_RUN = IN_PROSE + [
     (block, command)
     for block in BLOCKS
@@ -244,9 +277,14 @@ text between takes the comment away
 ```python
 print(1)
 ```
+It prints:
+```text
+1
+```
 """
-    bash, python = read_blocks(text)
+    bash, python = read_blocks(text, "README.md")
     assert (bash.line, bash.language, len(bash.comments)) == (3, "bash", 2) and python.comments == []
+    assert (bash.printed, python.printed) == (None, "1")
     assert [shlex.split(command) for command in bash.commands] == [
         ["python", "scripts/a.py", "--flag"],
         ["accelerate", "launch", "scripts/a.py"],
@@ -255,3 +293,15 @@ print(1)
     assert bash.reason_not_to_run(bash.commands[1]) == "needs 8 GPUs"
     longer = shorten("python scripts/x.py scripts/recipes/digits.yaml --set training.num_train_epochs=3")
     assert shlex.split(longer)[-1] == "training.num_train_epochs=3"
+
+
+def test_what_a_block_prints_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (block,) = read_blocks("```python\nprint('one', 'two')\n```\nIt prints:\n\n```text\none ...\n```\n", "README.md")
+    run_block(block, tmp_path, {}, monkeypatch, full=False)
+    block.printed = "two ..."
+    with pytest.raises(AssertionError, match="Got:\n +one two"):
+        run_block(block, tmp_path, {}, monkeypatch, full=False)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].split()) <= 900

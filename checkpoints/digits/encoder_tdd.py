@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .settings_tdd import refuse_locations
 
@@ -95,7 +95,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor |
     }
 
 
-def run_encoder(encoder: nn.Module, layout: EncoderLayout, pixel_values: Tensor, **kwargs: Any) -> ModelOutput:
+def run_encoder(encoder: nn.Module, layout: EncoderLayout, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
     """The encoder's own output for images of shape `(batch_size, num_channels, height, width)`."""
     if layout.patch_size is None:
         return encoder(pixel_values, **kwargs)
@@ -286,7 +286,7 @@ def _num_channels(vision_config: PreTrainedConfig) -> int:
     return getattr(vision_config, "num_channels", None) or model_args.get("in_chans", 3)
 
 
-def _flattened_patch_size(encoder: nn.Module) -> int | None:
+def _flattened_patch_size(encoder: PreTrainedModel) -> int | None:
     """The side of its patches if an encoder takes them flattened, with their rows and columns in `spatial_shapes`."""
     takes_patches = "spatial_shapes" in inspect.signature(encoder.forward).parameters
     return encoder.config.patch_size if takes_patches else None

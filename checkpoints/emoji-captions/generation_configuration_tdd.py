@@ -4,7 +4,7 @@
 import inspect
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from .settings_tdd import check, check_names, read_object, shorten
 
@@ -116,6 +116,17 @@ class TDDGenerationConfig(GenerationConfig):
         "pad_token_id": None,
         "eos_token_id": None,
     }
+    # Beside those that Transformers has, too
+    num_inference_steps: int
+    sampler: str | None
+    guidance_schedule: str
+    stability_threshold: int | None
+    confidence_threshold: float | None
+    seed: int
+    num_candidates: int | None
+    score_temperature: float
+    output_trajectory: bool
+
     # What Transformers keeps here. A caption needs no first token, but Trainer copies the tokenizer's.
     _METADATA = ("_from_model_config", "transformers_version", "bos_token_id")
 
@@ -137,7 +148,7 @@ class TDDGenerationConfig(GenerationConfig):
             check_names([name], [*self._DEFAULTS, *self._METADATA], "`TDDGenerationConfig`")
         super().__setattr__(name, value)
 
-    def validate(self, **unused: Any) -> None:
+    def validate(self, **unused: Any) -> None:  # type: ignore[override]
         """Checks the parameters against each other."""
         for name, inert in SAMPLING_PARAMETERS.items():
             if getattr(self, name) not in (None, inert) and not self.do_sample:
@@ -162,7 +173,7 @@ class TDDGenerationConfig(GenerationConfig):
             raise ValueError(f"`generation_config`: {error}") from error
 
     @classmethod
-    def from_model_config(cls, model_config: PreTrainedConfig) -> "TDDGenerationConfig":
+    def from_model_config(cls, model_config: Any) -> "TDDGenerationConfig":
         """The defaults, with the special tokens of a model."""
         return cls(
             num_inference_steps=min(cls._DEFAULTS["num_inference_steps"], model_config.num_timesteps),
@@ -181,7 +192,7 @@ class TDDGenerationConfig(GenerationConfig):
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         return read_object(super()._dict_from_json_file, json_file)
 
-    def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
+    def get_generation_mode(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("Diffusion has no generation mode of Transformers' autoregressive models.")
 
 

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .candidates_tdd import RankedCandidates, rank_candidates
-from .configuration_tdd import check_steps
+from .configuration_tdd import TDDConfig, check_steps
 from .fixed_tokens_tdd import (
     FixedTokens,
     choice_tokens,
@@ -74,11 +74,11 @@ class TDDTrajectory(ModelOutput):
         candidate_log_probs (`torch.FloatTensor` of the same shape): Their log-probabilities.
     """
 
-    timesteps: torch.LongTensor | None = None
-    tokens: torch.LongTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    candidates: torch.LongTensor | None = None
-    candidate_log_probs: torch.FloatTensor | None = None
+    timesteps: Tensor | None = None
+    tokens: Tensor | None = None
+    log_probs: Tensor | None = None
+    candidates: Tensor | None = None
+    candidate_log_probs: Tensor | None = None
 
 
 @dataclass
@@ -102,16 +102,24 @@ class TDDGenerationOutput(ModelOutput):
             The steps.
     """
 
-    sequences: torch.LongTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    num_steps: torch.LongTensor | None = None
-    candidates: torch.LongTensor | None = None
-    candidate_probs: torch.FloatTensor | None = None
+    sequences: Tensor | None = None
+    log_probs: Tensor | None = None
+    num_steps: Tensor | None = None
+    candidates: Tensor | None = None
+    candidate_probs: Tensor | None = None
     trajectory: TDDTrajectory | None = None
 
 
 class TDDGenerationMixin:
     """`generate` for models that denoise tokens together. It stands beside `PreTrainedModel`."""
+
+    # What the model has
+    config: TDDConfig
+    model: Any
+    make_network: Any
+    denoising_step: Any
+    _scoring_method: Any
+    _score_tokens: Any
 
     generation_config_class = TDDGenerationConfig
     output_modalities = ("text",)
@@ -340,7 +348,7 @@ class TDDGenerationMixin:
             generator = torch.Generator().manual_seed(config.seed)
         generators = [generator]
         if config.do_sample:
-            seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             generators = [torch.Generator().manual_seed(seed ^ number) for number in image_checksums(images)]
         shape = (len(images), num_samples, self.config.max_position_embeddings)
         width = None if self.config.corruption == "mask" else self.config.noise_width
@@ -505,14 +513,14 @@ class TokenLogitsProcessor:
         self.end_tokens = [config.pad_token_id, config.eos_token_id]
         before_content = fixed.before_content
         self.before_content = before_content if before_content.any() else None
-        self.given_processors = LogitsProcessorList(logits_processor or [])
-        self.processors = LogitsProcessorList()
+        self.given_processors: Any = LogitsProcessorList(logits_processor or [])
+        self.processors: Any = LogitsProcessorList()
         if config.bad_words_ids is not None:
             self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
-        self.penalties = LogitsProcessorList()
+        self.penalties: Any = LogitsProcessorList()
         if config.repetition_penalty != 1.0:
             self.penalties.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
-        self.warpers = LogitsProcessorList()
+        self.warpers: Any = LogitsProcessorList()
         if config.do_sample and config.temperature is not None:
             self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.do_sample and config.top_k:

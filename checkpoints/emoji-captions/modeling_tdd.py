@@ -6,13 +6,15 @@ Data flows one way: pixel values -> encoder -> prefix -> denoiser <-> diffusion 
 
 import inspect
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -85,11 +87,11 @@ class TDDModelOutput(ModelOutput):
             `(batch_size, 1, encoder_hidden_size)` where they are pooled.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     cache: tuple | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
 
 
 @dataclass
@@ -110,12 +112,12 @@ class TDDImageClassifierOutput(ModelOutput):
             For each tenth of the timesteps the sum of the tokens' weighted losses and the sum of their weights.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    trajectory: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    loss_by_timestep: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    trajectory: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    loss_by_timestep: Tensor | None = None
 
 
 @dataclass
@@ -139,13 +141,13 @@ class TDDCaptioningOutput(ModelOutput):
             As in [`TDDImageClassifierOutput`].
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     cache: tuple | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    loss_by_timestep: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    loss_by_timestep: Tensor | None = None
 
 
 # ---- Models
@@ -158,7 +160,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     config_class = TDDConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -168,6 +170,10 @@ class TDDPreTrainedModel(PreTrainedModel):
     # Our losses are means over images: Trainer must average them over accumulation steps itself.
     accepts_loss_kwargs = False
     _compiled_step: DenoisingFunction | None = None
+
+    if TYPE_CHECKING:  # Transformers' decorator hides the signature from type checkers
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in Transformers, for captions.
@@ -203,7 +209,7 @@ class TDDPreTrainedModel(PreTrainedModel):
         self._compiled_step = compile_denoising_step(**kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TDDPreTrainedModel":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As in Transformers, which makes all weights that it loads require a gradient: the encoder's that need none
         do not."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -216,7 +222,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_encoder_pretrained(
         cls, encoder_name_or_path: str, *, encoder_kwargs: dict[str, Any] | None = None, **config_kwargs: Any
-    ) -> "TDDPreTrainedModel":
+    ) -> Self:
         r"""
         A new model around a pretrained image encoder.
 
@@ -246,7 +252,7 @@ class TDDPreTrainedModel(PreTrainedModel):
         if getattr(vision_config, "model_args", None):  # timm writes a head's size there, which Transformers sets too
             vision_config.model_args.pop("num_classes", None)
         model = cls(cls.config_class(vision_config=vision_config, **config_kwargs))
-        encoder = getattr(model, cls.base_model_prefix, model).encoder
+        encoder: Any = getattr(model, cls.base_model_prefix, model).encoder
         pretrained, info = type(encoder).from_pretrained(
             encoder_name_or_path, config=vision_config, output_loading_info=True, **encoder_kwargs
         )
@@ -256,7 +262,9 @@ class TDDPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`{encoder_name_or_path}` lacks weights of {type(encoder).__name__}: {sorted(missing)}.")
         return model.to(pretrained.dtype)
 
-    def save_pretrained(self, save_directory: str, *args: Any, save_original_format: bool = False, **kwargs: Any):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As in Transformers. Weights keep the names that they have here: Trainer's resume maps no names, and would
         silently skip an encoder saved under its original ones. The checkpoint names all Auto classes, not only that of
         the saved one: `AutoModel` reads a classifier's checkpoint too.
@@ -270,7 +278,8 @@ class TDDPreTrainedModel(PreTrainedModel):
                 "to the weights that are saved beside it. Save them to another folder."
             )
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs["save_original_format"] = save_original_format
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class TDDConnector(nn.Module):
@@ -301,11 +310,12 @@ class TDDModel(TDDPreTrainedModel):
     def __init__(self, config: TDDConfig, add_denoiser: bool = True):
         super().__init__(config)
         config.validate()
+        vision_config = cast(PreTrainedConfig, config.vision_config)
         try:
-            self.encoder, self.encoder_layout = build_encoder(config.vision_config, config.pooling)
+            self.encoder, self.encoder_layout = build_encoder(vision_config, config.pooling)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
             raise ValueError(
-                f"`vision_config` makes no encoder: `{config.vision_config.model_type}` failed with "
+                f"`vision_config` makes no encoder: `{vision_config.model_type}` failed with "
                 f"{type(error).__name__}: {error}"
             ) from error
         self.encoder_hidden_size = self.encoder_layout.hidden_size
@@ -318,7 +328,7 @@ class TDDModel(TDDPreTrainedModel):
     def freeze(self) -> None:
         """Lets some of the encoder's weights require no gradient: all of them with `config.freeze_encoder`, otherwise
         those that nothing reads, which would stop distributed training."""
-        freeze_unread(self.encoder, self.config.vision_config)
+        freeze_unread(self.encoder, cast(PreTrainedConfig, self.config.vision_config))
         if self.config.freeze_encoder:
             self.encoder.requires_grad_(False)
 
@@ -334,12 +344,12 @@ class TDDModel(TDDPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module | None:
         return None if self.denoiser is None else self.denoiser.token_embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.denoiser.token_embedding = value
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
         Encodes images.
@@ -403,11 +413,11 @@ class TDDModel(TDDPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        tokens: torch.LongTensor | None = None,
-        timesteps: torch.LongTensor | None = None,
-        noise: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
+        tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        image_features: Tensor | None = None,
         cache: DenoiserCache | None = None,
         use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -496,7 +506,7 @@ class TDDModel(TDDPreTrainedModel):
 # ---- Checks of what `forward` is given
 
 
-def check_forward_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
+def check_forward_kwargs(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raises a `ValueError` for arguments that `forward` does not have."""
     unknown = [name for name, value in kwargs.items() if name not in FORWARD_KWARGS and value is not None]
     if unknown:
@@ -565,10 +575,10 @@ class TDDForImageClassification(TDDPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
         labels: torch.Tensor | None = None,
-        timesteps: torch.LongTensor | None = None,
-        noise: torch.FloatTensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
@@ -611,7 +621,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
         >>> model.config.id2label[outputs.logits.argmax(-1).item()]
         ```"""
         check_forward_kwargs(self, kwargs)
-        settings = {
+        settings: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
@@ -642,15 +652,15 @@ class TDDForImageClassification(TDDPreTrainedModel):
         prefix = self.model.connector(features)
         if is_loss_only:
             check_draws(self.config, len(labels), timesteps, noise)
-            outputs = diffusion_loss(
+            losses = diffusion_loss(
                 self.model.denoiser, self.classifier, prefix, labels[:, None], timesteps, noise, **kwargs
             )
             return TDDImageClassifierOutput(
-                loss=outputs.loss,
-                logits=outputs.logits[:, :, 0].mean(1),
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-                loss_by_timestep=outputs.loss_by_timestep,
+                loss=losses.loss,
+                logits=losses.logits[:, :, 0].mean(1),
+                hidden_states=losses.hidden_states,
+                attentions=losses.attentions,
+                loss_by_timestep=losses.loss_by_timestep,
             )
         outputs = self._denoise(prefix, **settings, generator=generator, output_trajectory=output_trajectory, **kwargs)
         check_scores(outputs.logits, settings["guidance_scale"])
@@ -730,7 +740,8 @@ class TDDForImageClassification(TDDPreTrainedModel):
             stability_threshold=stability_threshold,
             step=self.denoising_step,
         )
-        trajectory, logits = [], None
+        trajectory: list[Tensor] = []
+        logits: Tensor | None = None
         for step in steps:
             latest = step.logits[:, 0]
             logits = latest if len(step.rows) == num_rows else logits.index_copy(0, step.rows, latest)
@@ -745,7 +756,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
         )
 
 
-class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedModel):
+class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedModel):  # type: ignore[misc]
     r"""
     Image captioning as the denoising of N tokens together (Section 3.4); `generate` runs the loop, and `score` ranks
     given captions.
@@ -775,22 +786,22 @@ class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedMode
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the checkpoint brings its own pipeline, for the task that Transformers 5 dropped."""
         from .pipeline_tdd import CUSTOM_PIPELINES  # here, so that a model does not need Transformers' pipelines
 
         self.config.custom_pipelines = CUSTOM_PIPELINES
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        tokens: torch.LongTensor | None = None,
-        timesteps: torch.LongTensor | None = None,
-        noise: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_features: Tensor | None = None,
+        tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
         cache: DenoiserCache | None = None,
         use_cache: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -935,7 +946,8 @@ class ConditionedDenoiser:
         hidden_states = outputs.last_hidden_state
         if guidance_scale is not None:
             # Equation 1 is about predictions. They are linear in the hidden states, which are fewer numbers.
-            hidden_states = apply_guidance(*hidden_states.chunk(2), guidance_scale)
+            conditional, unconditional = hidden_states.chunk(2)
+            hidden_states = apply_guidance(conditional, unconditional, guidance_scale)
         if places is not None:
             hidden_states = hidden_states[places]
         prediction = self.head(hidden_states).float()

@@ -38,7 +38,7 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
     """
 
     config: AutoregressiveConfig
-    config_class = AutoregressiveConfig
+    config_class = AutoregressiveConfig  # type: ignore[assignment]
     _no_split_modules = ["GPTNeoXLayer"]
 
     def __init__(self, config: AutoregressiveConfig):
@@ -68,9 +68,9 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
 
     def forward(
         self,
-        labels: torch.LongTensor,
-        pixel_values: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -99,10 +99,10 @@ class AutoregressiveCaptioner(TDDPreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor:
+    ) -> Tensor:
         r"""
         Generates captions by greedy decoding.
 

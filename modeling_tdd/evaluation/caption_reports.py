@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -61,7 +61,7 @@ def bootstrap_mean(scores: Sequence[float], num_draws: int = 2_000, seed: int = 
 
 def caption_images(data: "Dataset", checkpoints: dict[str, str | Path], num_steps: int = 10) -> dict[str, list[str]]:
     """The captions that each checkpoint, by its name, gives the images of a data set."""
-    captions = {}
+    captions: dict[str, Any] = {}
     for name, checkpoint in checkpoints.items():
         model, processor = load_checkpoint(checkpoint)
         captions[name] = predict(model, processor, data, batch_size=64, num_inference_steps=num_steps)
@@ -178,7 +178,7 @@ def write_caption_figures(
 ) -> None:
     """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random."""
     rows = example_rows(data)
-    model, processor = load_checkpoint(tdd)
+    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_checkpoint(tdd))
     if "fig7" in elements:
         save_figure(plot_examples(data, captions, rows), report_dir / "fig7")
     if "fig9" in elements:

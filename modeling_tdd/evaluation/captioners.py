@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,11 @@ def caption_with(model: Captioner, features: Tensor, num_candidates: int = 1, ba
     """Captions, of shape (images, N), the best of several candidates: those of `generate` for TDD and MDD, and the
     beams of a search for the autoregressive captioner."""
     is_autoregressive = isinstance(model, AutoregressiveCaptioner)
-    settings = {"num_beams" if is_autoregressive else "num_candidates": num_candidates} if num_candidates > 1 else {}
+    name = "num_beams" if is_autoregressive else "num_candidates"
+    settings: dict[str, Any] = {name: num_candidates} if num_candidates > 1 else {}
     length, pad = model.config.max_position_embeddings, model.config.pad_token_id
-    return torch.cat(
-        [pad_to(model.generate(image_features=batch, **settings), length, pad) for batch in features.split(batch_size)]
-    )
+    sequences: list[Any] = [model.generate(image_features=batch, **settings) for batch in features.split(batch_size)]
+    return torch.cat([pad_to(rows, length, pad) for rows in sequences])
 
 
 @torch.inference_mode()
@@ -80,9 +80,9 @@ def fill_gaps(
         if isinstance(model, AutoregressiveCaptioner):
             filled.append(_fill_left_to_right(model, *batch, num_candidates))
         else:
-            settings = {"num_candidates": num_candidates} if num_candidates > 1 else {}
+            settings: dict[str, Any] = {"num_candidates": num_candidates} if num_candidates > 1 else {}
             given = {"decoder_input_ids": batch[1], "decoder_attention_mask": ~batch[2]}
-            sequences = model.generate(image_features=batch[0], **given, **settings)
+            sequences: Any = model.generate(image_features=batch[0], **given, **settings)
             filled.append(pad_after_end(sequences, model.config))
     return torch.cat(filled)
 

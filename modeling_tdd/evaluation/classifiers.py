@@ -75,7 +75,7 @@ def describe_draws(
     sampling from the softmax. Empty for MDD, and without the latter for regression."""
     if not denoises(model):
         return {}
-    settings = {"num_inference_steps": num_steps}
+    settings: dict[str, Any] = {"num_inference_steps": num_steps}
     sampled, labels = collect_probabilities(model, batches, **settings, num_noise_samples=NUM_SAMPLES)
     report: dict[str, Any] = {"samples": _describe(sampled[:, -1], labels)}
     if model.config.prediction_type == "sample":

@@ -19,7 +19,7 @@ def top1(prediction: EvalPrediction) -> dict[str, float]:
 
 def word_scores(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of a [`WordClassifier`]."""
-    probabilities = 1 / (1 + np.exp(-prediction.predictions))
+    probabilities = 1 / (1 + np.exp(-np.asarray(prediction.predictions)))
     return load_metric("word_scores").compute(predictions=probabilities, references=prediction.label_ids)
 
 
@@ -35,7 +35,8 @@ class CaptionMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         pad = self.processor.tokenizer.pad_token_id
-        sequences = np.where(prediction.predictions < 0, pad, prediction.predictions)  # Trainer pads with -100
+        sequences = np.asarray(prediction.predictions)
+        sequences = np.where(sequences < 0, pad, sequences)  # Trainer pads with -100
         captions = self.processor.batch_decode(sequences, skip_special_tokens=True)
         return self.score(captions)
 

@@ -3,6 +3,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -82,7 +83,7 @@ def _count_step(model: Model, pixels: Tensor, dtype: torch.dtype) -> tuple[int, 
 
 
 def measure_step(
-    model: Model, images: int, size: tuple[int, int], optimizer_class: type[Optimizer], device: torch.device
+    model: Model, images: int, size: tuple[int, int], optimizer_class: Callable[..., Optimizer], device: torch.device
 ) -> float:
     """Seconds of a training step with one device batch, in float32, of a new model that is configured as `model`."""
     config = model.config

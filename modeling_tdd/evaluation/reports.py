@@ -2,7 +2,7 @@
 """Reports of the paper's tables and figures on classification: JSON, Markdown, PNG and SVG of evaluated trainings."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def by_number_of_steps(setting: str, variants: dict[str, list[dict[str, Any]]]) 
 
 
 def by_step(
-    setting: str, variants: dict[str, list[dict[str, Any]]], names: dict[str, tuple[str, float]]
+    setting: str, variants: dict[str, list[dict[str, Any]]], names: Mapping[str, tuple[str, float]]
 ) -> list[Panel]:
     """A panel for each of the measured values of the steps of one loop, with their labels and scales."""
     panels = [Panel(setting, f"step of {STEPS}", label) for label, _ in names.values()]

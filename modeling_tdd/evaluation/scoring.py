@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
@@ -79,8 +79,8 @@ def predict(
         images = [to_rgb(image) for image in batch["image"]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
         if model.can_generate():
-            sequences = model.generate(pixel_values=pixel_values, **settings)
-            predictions += processor.batch_decode(sequences, skip_special_tokens=True)
+            sequences = cast(TDDForCaptioning, model).generate(pixel_values=pixel_values, **settings)
+            predictions += cast(TDDProcessor, processor).batch_decode(sequences, skip_special_tokens=True)
         else:
             predictions += model(pixel_values, **settings).logits.argmax(-1).tolist()
     return predictions

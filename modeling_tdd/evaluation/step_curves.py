@@ -121,8 +121,8 @@ def collect_scores(results: list[dict[str, Any]], split: str, metric: str) -> di
     lines: dict[Line, Scores] = {}
     for result in results:
         for entry in (entry for entry in result["scores"] if entry["split"] == split):
-            settings = (result[name] for name in ("method", "noise_schedule", *WEIGHTINGS))
-            line = Line(*settings, entry.get("guidance_scale"))
+            settings = [result[name] for name in ("method", "noise_schedule", *WEIGHTINGS)]
+            line = Line._make([*settings, entry.get("guidance_scale")])
             lines.setdefault(line, {}).setdefault(entry.get("num_inference_steps"), []).append(entry[metric])
     return lines
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Scores of the words that an encoder finds in images, in the format of the package `evaluate`."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -35,9 +37,7 @@ class WordScores(evaluate.Metric):
             features=datasets.Features({"predictions": row, "references": row}),
         )
 
-    def _compute(
-        self, predictions: list[list[float]], references: list[list[float]], threshold: float = 0.5
-    ) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any, threshold: float = 0.5) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
         present = references.any(0)
         # scikit-learn reads column by column, and NumPy copies an array of another order whole for each
