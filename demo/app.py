@@ -3,7 +3,7 @@
 
     python demo/app.py --rival outputs/emoji_full/mdd-seed0
 
-Needs pip install -e ".[demo]". A Space has no command line: there the options are variables.
+Needs pip install -e ".[train,demo]". A Space has no command line: there the options are variables.
 """
 
 import argparse

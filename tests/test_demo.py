@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """The demo: what it shows, a Space's folder that runs as it is, and the answers of that to clients on loopback."""
 
+import json
 import os
 import re
 import runpy
@@ -337,3 +338,11 @@ def test_the_animation_in_the_documents() -> None:
     with Image.open(file) as animation:
         assert animation.n_frames == 10
     assert file.stat().st_size < 600_000
+
+
+def test_the_documented_load_is_the_measured_one() -> None:
+    figures = json.loads((ROOT / "docs/results/demo/load.json").read_text())
+    text = (ROOT / "docs/demo.md").read_text()
+    for name in ("requests", "median_latency_s", "p95_latency_s", "rss_start_mib", "rss_end_mib", "load_average"):
+        assert re.search(rf"\b{figures[name]}\b", text), name
+    assert figures["users"] == 20 and figures["seconds"] == 60 and figures["wrong_answers"] == 0
