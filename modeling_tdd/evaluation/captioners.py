@@ -52,11 +52,9 @@ def caption_with(model: Captioner, features: Tensor, num_candidates: int = 1, ba
     name = "num_beams" if is_autoregressive else "num_candidates"
     settings: dict[str, Any] = {name: num_candidates} if num_candidates > 1 else {}
     length, pad = model.config.max_position_embeddings, model.config.pad_token_id
-    captions = [
-        pad_to(model.generate(image_features=batch, **settings), length, pad) for batch in features.split(batch_size)
-    ]
+    sequences: list[Any] = [model.generate(image_features=batch, **settings) for batch in features.split(batch_size)]
     # A beam search repeats the end of a beam that has ended earlier
-    return pad_after_end(torch.cat(captions), model.config)
+    return pad_after_end(torch.cat([pad_to(rows, length, pad) for rows in sequences]), model.config)
 
 
 @torch.inference_mode()
