@@ -187,8 +187,6 @@ def run(args: argparse.Namespace) -> int:
     import modeling_tdd
 
     logging.disable_progress_bar()
-    # Loading a tokenizer warns of the model's type, which is one that Transformers itself does not know
-    logging.get_logger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
         describe = args.load(args)
     except (OSError, RuntimeError, ValueError) as error:  # no such model, no such device, no model of that kind

@@ -228,7 +228,7 @@ def test_choices_through_the_pipeline() -> None:
             PICTURES, infill="[A] climbing: [B] skin tone", choices=SKIN, batch_size=batch_size
         )
         assert climbing[0]["generated_text"] == "woman climbing: dark skin tone"
-        assert climbing[0]["choices"]["A"]["woman"] > 0.9 and climbing[0]["choices"]["B"]["dark"] > 0.8
+        assert climbing[0]["choices"]["A"]["woman"] > 0.9 and climbing[0]["choices"]["B"]["dark"] > 0.6
         assert sum(couple[0]["choices"]["B"].values()) == pytest.approx(1, abs=1e-5)
         assert climbing[0]["score"] <= min(climbing[0]["choices"]["A"]["woman"], climbing[0]["choices"]["B"]["dark"])
     captions = ["man running", "woman climbing: dark skin tone", "couple with heart"]

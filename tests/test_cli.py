@@ -23,10 +23,9 @@ WOMAN, COUPLE, DIGIT = CAPTIONER / "example.png", CAPTIONER / "couple.png", CLAS
 
 
 @pytest.fixture(autouse=True)
-def logs() -> Iterator[None]:
-    """The command makes its process less talkative, which is that of all tests here."""
+def progress_bars() -> Iterator[None]:
+    """The command switches them off for its process, which is that of all tests here."""
     yield
-    logging.get_logger("transformers.configuration_utils").setLevel(0)
     logging.enable_progress_bar()
 
 

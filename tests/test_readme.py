@@ -148,9 +148,10 @@ def shorten(command: str) -> str:
 
 
 def run_command(command: str, folder: Path) -> str:
-    """What the command writes to its standard output."""
+    """What the command writes to its standard output. A checkout that is not installed has no command `tdd`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    command = f'tdd() {{ python -m modeling_tdd "$@"; }}\n{command}'
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -160,7 +160,7 @@ class TDDPreTrainedModel(PreTrainedModel):
     config_class = TDDConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = "image"
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -26,7 +26,7 @@ def load_captioner(folder: Path) -> tuple[Captioner, TDDProcessor]:
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     is_autoregressive = model_type == AutoregressiveConfig.model_type
     model_class = AutoregressiveCaptioner if is_autoregressive else TDDForCaptioning
-    return model_class.from_pretrained(folder).eval(), TDDProcessor.from_pretrained(folder)
+    return model_class.from_pretrained(folder).eval(), TDDProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 @torch.inference_mode()
@@ -53,7 +53,8 @@ def caption_with(model: Captioner, features: Tensor, num_candidates: int = 1, ba
     settings: dict[str, Any] = {name: num_candidates} if num_candidates > 1 else {}
     length, pad = model.config.max_position_embeddings, model.config.pad_token_id
     sequences: list[Any] = [model.generate(image_features=batch, **settings) for batch in features.split(batch_size)]
-    return torch.cat([pad_to(rows, length, pad) for rows in sequences])
+    # A beam search repeats the end of a beam that has ended earlier
+    return pad_after_end(torch.cat([pad_to(rows, length, pad) for rows in sequences]), model.config)
 
 
 @torch.inference_mode()
