@@ -226,29 +226,24 @@ class TDDGenerationMixin:
         ```"""
         # 1. Check and encode
         config = self._prepare_generation_config(generation_config, kwargs)
-        is_ranked = choices is not None or config.num_candidates is not None
-        if is_ranked:
-            self._check_ranking()
         check_given(generator=generator, logits_processor=logits_processor, streamer=streamer, synced_gpus=synced_gpus)
         check_given(choices=choices, choices_mask=choices_mask)
-        if synced_gpus:
-            for name in ("stability_threshold", "confidence_threshold"):
-                if getattr(config, name) is not None:
-                    raise ValueError(f"`synced_gpus=True` needs `{name}=None`: processes may stop at other steps.")
+        is_ranked = choices is not None or config.num_candidates is not None
+        self._check_call(
+            config,
+            is_ranked,
+            synced_gpus,
+            choices,
+            choices_mask,
+            input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
+        )
         prefix = self.model.get_prefix(pixel_values, image_features)
         # 2. Fix tokens
         rows = len(prefix)
         if choices is not None:
-            refuse_given(
-                "the `choices` are whole captions",
-                num_candidates=config.num_candidates,
-                input_ids=input_ids,
-                decoder_input_ids=decoder_input_ids,
-            )
-            decoder_input_ids, decoder_attention_mask = choice_tokens(choices, choices_mask, len(prefix), config)
+            decoder_input_ids, decoder_attention_mask = choice_tokens(choices, choices_mask, rows, config)
             rows = len(decoder_input_ids)
-        else:
-            refuse_given("there are no `choices`", choices_mask=choices_mask)
         fixed = self._prepare_fixed_tokens(
             config, rows, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
         ).to(prefix.device)
@@ -274,24 +269,49 @@ class TDDGenerationMixin:
             recorder, tokens = recorder.select(ranked.rows), tokens[ranked.rows]
         sequences = tokens[:, : fixed.length]
         output.end(sequences)
-        if not config.return_dict_in_generate:
-            return sequences
+        return self._make_output(config, sequences, recorder, ranked) if config.return_dict_in_generate else sequences
+
+    def _check_call(
+        self,
+        config: TDDGenerationConfig,
+        is_ranked: bool,
+        synced_gpus: bool | None,
+        choices: Tensor | None,
+        choices_mask: Tensor | None,
+        **prompts: Tensor | None,
+    ) -> None:
+        """Refuses arguments that do not go together, and ranking by a model that cannot score captions."""
+        if synced_gpus:
+            for name in ("stability_threshold", "confidence_threshold"):
+                if getattr(config, name) is not None:
+                    raise ValueError(f"`synced_gpus=True` needs `{name}=None`: processes may stop at other steps.")
+        if choices is None:
+            refuse_given("there are no `choices`", choices_mask=choices_mask)
+        else:
+            refuse_given("the `choices` are whole captions", num_candidates=config.num_candidates, **prompts)
+        if is_ranked:
+            try:
+                self._scoring_method(None)
+            except ValueError as error:
+                raise ValueError(f"`num_candidates` and `choices` are ranked by `score`: {error}") from error
+
+    def _make_output(
+        self,
+        config: TDDGenerationConfig,
+        sequences: Tensor,
+        recorder: "StepRecorder",
+        ranked: RankedCandidates | None,
+    ) -> TDDGenerationOutput:
+        length = sequences.shape[1]
         is_padding = follows_end(sequences, end_tokens(config))
         return TDDGenerationOutput(
             sequences=sequences,
-            log_probs=recorder.log_probs[:, : fixed.length].masked_fill(is_padding, 0.0),
+            log_probs=recorder.log_probs[:, :length].masked_fill(is_padding, 0.0),
             num_steps=recorder.num_steps,
-            candidates=None if ranked is None else ranked.tokens[..., : fixed.length],
+            candidates=None if ranked is None else ranked.tokens[..., :length],
             candidate_probs=None if ranked is None else ranked.probs,
-            trajectory=recorder.trajectory(fixed.length) if config.output_trajectory else None,
+            trajectory=recorder.trajectory(length) if config.output_trajectory else None,
         )
-
-    def _check_ranking(self) -> None:
-        """Refuses a model that cannot score captions."""
-        try:
-            self._scoring_method(None)
-        except ValueError as error:
-            raise ValueError(f"`num_candidates` and `choices` are ranked by `score`: {error}") from error
 
     def _rank(self, config: TDDGenerationConfig, prefix: Tensor, tokens: Tensor) -> RankedCandidates:
         """The captions of each image, ranked by [`~TDDLikelihoodMixin.score`]."""
