@@ -90,6 +90,7 @@ def test_learning_rates_of_the_recipes(arguments: Callable):
             "coco_vit_b16": 1e-4,
             "digits": 1e-3,
             "emoji": 2e-3,
+            "emoji_distill": 5e-4,
             "emoji_encoder": 2e-3,
             "emoji_encoder_full": 2e-3,
             "emoji_full": 2e-3,
