@@ -253,7 +253,7 @@ class TDDGenerationMixin:
         wanted = config.num_candidates or (config.num_return_sequences if choices is None else 1)
         captions = wanted if config.do_sample else 1
         loop = (config, prefix, images, logits_processor, generator)
-        recorder = self._denoise(*loop, fixed.repeat(captions), output)
+        recorder = self._denoise(*loop, fixed.repeat(captions), output, keep_first=captions < wanted)
         # 4. Alternatives
         if captions < wanted:
             first = recorder.first_log_probs
@@ -328,13 +328,14 @@ class TDDGenerationMixin:
         generator: torch.Generator | None,
         fixed: FixedTokens,
         output: "TokenStreamer | None" = None,
+        keep_first: bool = False,
     ) -> "StepRecorder":
-        """One denoising loop around fixed tokens, which has one or several successive rows for each image."""
+        """One denoising loop around fixed tokens, which has one or several successive rows for each image. With
+        `keep_first` the log-probabilities of the first step are kept, for alternatives."""
         if fixed.mask.all():  # given captions: a step only finds their log-probabilities
             config = copy(config)
             config.num_inference_steps = 1
         numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
-        keep_first = max(config.num_return_sequences, config.num_candidates or 1) > 1
         recorder = StepRecorder(config.output_trajectory, keep_first=keep_first)
         processor = TokenLogitsProcessor(config, logits_processor, fixed)
         for step in denoise(
