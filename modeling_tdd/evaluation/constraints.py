@@ -101,12 +101,12 @@ def measure_captioner(
     for split, data in splits.items():
         features = encode_images(model, processor, data)
         captions = _encode(processor, data["caption"])
-        scores, rights = choice_scores(model, features, captions, distractors)
+        scores = choice_scores(model, features, captions, distractors)
         temperature = results.setdefault("temperature", _best_temperature(scores))
         results[split] = {
             "images": len(data),
             "infilling": fill(model, features, captions),
-            "choices": choose(scores, rights, temperature),
+            "choices": choose(scores, temperature),
             "captions": caption(model, features, captions, temperature),
         }
     return results
@@ -134,8 +134,8 @@ def fill(model: Captioner, features: Tensor, captions: Sequence[Span]) -> dict[s
 
 def choice_scores(
     model: Captioner, features: Tensor, captions: Sequence[Span], distractors: Distractors
-) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of each set of choices, of shape (sets, choices), and the number of the right choice, always 0."""
+) -> np.ndarray:
+    """The scores of each set of choices, of shape (sets, choices), the right one first."""
     random = np.random.default_rng(1)
     room = model.config.max_position_embeddings - 1 - LONGEST_CHOICE
     examples = draw_examples(captions, LONGEST_CHOICE, CHOICE_SETS, room, seed=1)
@@ -151,11 +151,12 @@ def choice_scores(
         ]
     )
     scores = model.score(labels=labels, image_features=features[[example.image for example in examples]])
-    return scores.double().numpy(), np.zeros(len(examples), dtype=int)
+    return scores.double().numpy()
 
 
-def choose(scores: np.ndarray, rights: np.ndarray, temperature: float) -> dict[str, float]:
-    """Accuracy and calibration of choices, with the temperature and without it."""
+def choose(scores: np.ndarray, temperature: float) -> dict[str, float]:
+    """Accuracy and calibration of choices, the first of which are right, with the temperature and without it."""
+    rights = np.zeros(len(scores), dtype=int)
     found = calibration(_softmax(scores / temperature), rights)
     return {"sets": len(rights), **found, "ece_without_temperature": calibration(_softmax(scores), rights)["ece"]}
 
