@@ -10,8 +10,8 @@ to learn. It prints and saves the scores of the student beside those of its teac
 import argparse
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
+from train import make_trainer
 
 from modeling_tdd import TDDForCaptioning
 from modeling_tdd.evaluation.tables import markdown_table
@@ -40,6 +40,8 @@ def main() -> None:
     recipe = load_recipe(args.recipe, args.set)
     if recipe.task != "captioning" or recipe.checkpoint is None:
         raise SystemExit(f"{args.recipe} must be a recipe of captioning with a `checkpoint`, the teacher.")
+    if recipe.lora is not None:
+        raise SystemExit(f"{args.recipe} has `lora`, and a student has no adapter: leave it out.")
     folder = args.output_dir or Path("outputs") / recipe.name / f"student-seed{args.seed}"
     if (folder / "result.json").exists():
         raise SystemExit(f"{folder} is done already.")
@@ -51,14 +53,11 @@ def main() -> None:
     set_seed(args.seed)
     task = make_task(recipe, "tdd", folder.parent / "features")
     task.model = make_student(task.model, args.steps)
-    trainer = DistillationTrainer(
-        task.model,
+    trainer = make_trainer(
+        recipe,
+        task,
         arguments,
-        train_dataset=task.train_data,
-        eval_dataset=next(iter(task.eval_data.values())),
-        data_collator=task.collator,
-        eval_collator=task.eval_collator,
-        processing_class=task.processor,
+        DistillationTrainer,
         teacher=TDDForCaptioning.from_pretrained(recipe.checkpoint, **recipe.model),
         teacher_settings=teacher_settings,
         num_inference_steps=args.steps,
@@ -66,6 +65,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=True)
     if trainer.stop.signal:
         raise SystemExit(128 + trainer.stop.signal)
+    trainer.compute_metrics = None  # that of the first split
     scores = []
     for name, model, settings in (("teacher", trainer.teacher, teacher_settings), ("student", trainer.model, {})):
         trainer.model = trainer.model_wrapped = model
@@ -80,5 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

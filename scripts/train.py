@@ -78,14 +78,21 @@ def run(recipe: Recipe, method: str, seed: int, folder: Path, restart: bool) -> 
     trainer.accelerator.wait_for_everyone()
 
 
-def make_trainer(recipe: Recipe, task: Task, args: TDDTrainingArguments) -> TDDTrainer:
+def make_trainer(
+    recipe: Recipe,
+    task: Task,
+    args: TDDTrainingArguments,
+    trainer_class: type[TDDTrainer] = TDDTrainer,
+    **kwargs: Any,
+) -> TDDTrainer:
+    """The trainer of a task. `kwargs` are what `trainer_class` takes beside the arguments of [`TDDTrainer`]."""
     task.model.float()  # a checkpoint may be in half precision, in which small steps are rounded away
     model = task.model if recipe.lora is None else add_lora(task.model, recipe.lora, task.new_modules)
     if args.process_index == 0:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         print(f"{type(task.model).__name__}: {trainable:.2f} M trainable parameters")
     split = next(iter(task.eval_data))
-    return TDDTrainer(
+    return trainer_class(
         model,
         args,
         train_dataset=task.train_data,
@@ -94,6 +101,7 @@ def make_trainer(recipe: Recipe, task: Task, args: TDDTrainingArguments) -> TDDT
         eval_collator=task.eval_collator,
         compute_metrics=task.metrics[split],
         processing_class=task.processor,
+        **kwargs,
     )
 
 
