@@ -38,10 +38,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     recipe = load_recipe(args.recipe, args.set)
-    if recipe.task != "captioning" or recipe.checkpoint is None:
-        raise SystemExit(f"{args.recipe} must be a recipe of captioning with a `checkpoint`, the teacher.")
-    if recipe.lora is not None:
-        raise SystemExit(f"{args.recipe} has `lora`, and a student has no adapter: leave it out.")
+    if recipe.task != "captioning" or recipe.checkpoint is None or recipe.lora is not None:
+        raise SystemExit(f"{args.recipe} must have the task captioning, a `checkpoint`, the teacher, and no `lora`.")
     folder = args.output_dir or Path("outputs") / recipe.name / f"student-seed{args.seed}"
     if (folder / "result.json").exists():
         raise SystemExit(f"{folder} is done already.")
