@@ -6,9 +6,9 @@
 
 It first says what it will train and how long that takes on one core or one GPU. Stopped, the same command goes on.
 Reports are JSON, Markdown, PNG and SVG in docs/results/reproduce/<data>. `calibration` and `robustness` are not in the
-paper. Pictures of cifar10 and fashion_mnist are read from scripts/data/<data>, see `prepare_splits`, or loaded from
-the Hub. Needed before: for cifar10 the encoder of `scripts/import_encoder.py`, for emoji `scripts/train_clip.py` and
-the recipe `emoji_encoder.yaml`.
+paper. Pictures of cifar10, fashion_mnist and stamps are read from scripts/data/<data>, see `prepare_splits`, or, but
+for stamps, loaded from the Hub. Needed before: for cifar10 and stamps the encoder of `scripts/import_encoder.py`, for
+emoji `scripts/train_clip.py` and the recipe `emoji_encoder_full.yaml`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from train import run
 
 from modeling_tdd.evaluation.caption_reports import caption_images, score_captions, write_caption_figures, write_table3
 from modeling_tdd.evaluation.claims import CAPTION_ELEMENTS, CAPTION_SETTINGS, CLASSIFIER_ELEMENTS, SETTINGS
-from modeling_tdd.evaluation.public_data import HUB_NAMES, prepare_splits
+from modeling_tdd.evaluation.public_data import HUB_NAMES, prepare_splits, prepare_stamps
 from modeling_tdd.evaluation.reports import write_classifier_report
 from modeling_tdd.training.data import load_captions
 from modeling_tdd.training.recipe import load_recipe
@@ -90,28 +90,29 @@ def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> 
 
 def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> None:
     setting, report_dir = CAPTION_SETTINGS[args.data], args.report_dir / args.data
-    folders = {method: args.output_dir / args.data / f"{method}-seed0" for method in ("mdd", "tdd")}
-    missing = [method for method, folder in folders.items() if not (folder / "result.json").exists()]
-    print(f"2 captioners, of which {len(missing)} are missing: about {setting.minutes * len(missing):.0f} minutes.")
+    runs = {(method, seed): args.output_dir / args.data / f"{method}-seed{seed}" for method, seed in setting.runs}
+    missing = [run for run, folder in runs.items() if not (folder / "result.json").exists()]
+    print(f"{len(runs)} captioners, {len(missing)} missing: about {setting.minutes * len(missing):.0f} minutes.")
     if args.plan:
         return
-    recipe = load_recipe(RECIPES / setting.recipe)
-    for method in missing:
-        run(recipe, method, 0, folders[method], restart=False)
-    folders |= {name: Path(folder) for name, folder in setting.others.items()}
-    splits, results, captions = load_captions(load_recipe(RECIPES / setting.data).data), {}, {}
-    for split in setting.splits:
-        captions[split] = caption_images(splits[split], folders)
-        if "table3" in elements:
-            results[split] = score_captions(splits[split], captions[split], setting.clip)
+    if args.data == "stamps":
+        prepare_stamps(DATA / args.data, DATA / "splits" / args.data)
+    recipe = load_recipe(RECIPES / setting.recipe, setting.overrides)
+    for method, seed in missing:
+        run(recipe, method, seed, runs[method, seed], restart=False)
+    folders = {name: [folder for (method, _), folder in runs.items() if method == name] for name in setting.methods}
+    folders |= {name: [Path(folder)] for name, folder in setting.others.items()}
+    splits = load_captions(recipe.data)
+    captions = {split: caption_images(splits[split], folders) for split in setting.splits}
     if "table3" in elements:
-        about: dict[str, Any] = {"CLIP": setting.clip, "recipe": setting.recipe, "pictures": setting.data}
-        if (quality := Path(setting.clip, "retrieval.json")).exists():
+        results = {split: score_captions(splits[split], captions[split], setting.clip) for split in captions}
+        about: dict[str, Any] = {"recipe": " ".join([setting.recipe, *setting.overrides]), "CLIP": setting.clip}
+        if (quality := Path(setting.clip or "", "retrieval.json")).exists():
             about["retrieval of held-out pairs"] = json.loads(quality.read_text())
         command = f"python scripts/reproduce.py table3 --data {args.data}"
         print(write_table3(results, about, command, report_dir))
-    first, tdd = setting.splits[0], [*folders.values()][-1]
-    write_caption_figures(elements, splits[first], captions[first], tdd, report_dir)
+    first = {name: versions[0] for name, versions in captions[setting.splits[-1]].items()}
+    write_caption_figures(elements, splits[setting.splits[-1]], first, [*folders.values()][-1][0], report_dir)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, load_dataset
+from datasets import ClassLabel, Dataset, Features, Sequence, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch import nn
@@ -17,19 +17,19 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from modeling_tdd import TDDForImageClassification
 from modeling_tdd.evaluation import load_metric, public_data
-from modeling_tdd.evaluation.caption_reports import shuffled, write_table3
+from modeling_tdd.evaluation.caption_reports import score_captions, shuffled, write_table3
 from modeling_tdd.evaluation.claims import CAPTION_SETTINGS, SETTINGS, VARIANTS, Setting
 from modeling_tdd.evaluation.classifiers import describe_draws, describe_steps
 from modeling_tdd.evaluation.clip import retrieval
 from modeling_tdd.evaluation.corruptions import STRENGTHS, corrupt
-from modeling_tdd.evaluation.public_data import prepare_splits
+from modeling_tdd.evaluation.public_data import prepare_splits, prepare_stamps
 from modeling_tdd.evaluation.reports import read_evaluations, write_classifier_report
 from modeling_tdd.evaluation.statistics import calibration, entropy, paired_bootstrap, selective_accuracy
 from modeling_tdd.training import reproduction
 from modeling_tdd.training.features import read_features
 from modeling_tdd.training.recipe import load_recipe
 from modeling_tdd.training.reproduction import evaluate_corrupted, evaluate_trainings, plan_trainings
-from modeling_tdd.training.tasks import make_task
+from modeling_tdd.training.tasks import make_task, methods_of
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -155,14 +155,27 @@ def test_shuffled_captions_are_those_of_other_pictures() -> None:
     assert shuffled(captions, 0) == shuffled(captions, 0) != shuffled(captions, 1)
 
 
-def test_table3_names_the_papers_numbers(tmp_path: Path) -> None:
-    values = {"clip_score": 0.5, "low": 0.4, "high": 0.6, "exact_match": 1.0, "token_f1": 1.0}
-    expected = [("true", "0.30"), ("MDD's", "0.18")]
-    report = write_table3({"validation": {"true": values, "mdd": values}}, {"CLIP": "tiny"}, "command", tmp_path)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "captions " in line]
-    score = "0.500 (0.400 to 0.600)"
-    assert rows[1:] == [["validation", f"{name} captions", score, "100.0", "100.0", paper] for name, paper in expected]
+def test_table3_has_the_papers_numbers_and_the_difference_of_the_methods(tmp_path: Path, clip: Path) -> None:
+    rows = Dataset.from_dict(
+        {"image": squares("red", "green", "blue"), "captions": [["a red square"], ["green"], ["a blue square"]]},
+        features=Features({"image": ImageFeature(), "captions": Sequence(Value("string"))}),
+    )
+    captions = {"mdd": [["green"] * 3, ["a red square"] * 3], "tdd": [["a red square", "green", "green"]] * 2}
+    results = score_captions(rows, captions, str(clip))
+    assert results["true"]["exact_match"] == [1.0] and results["shuffled"]["exact_match"] == [0.0] * 3
+    assert results["mdd"]["exact_match"] == pytest.approx([1 / 3] * 2)
+    mean, low, high = results["tdd"]["less_mdd"]
+    scores = {name: np.mean(results[name]["clip_score"]) for name in captions}
+    assert mean == pytest.approx(scores["tdd"] - scores["mdd"]) and low <= mean <= high
+    for name, score in scores.items():
+        assert results[name]["low"] <= score <= results[name]["high"]
+    report = write_table3({"validation": results}, {"CLIP": "tiny"}, "command", tmp_path)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "captions" in line]
+    assert [row[-1] for row in cells[1:]] == ["0.30", "0.16", "0.18", "0.25"]
+    assert cells[3][4] == "33.33 ± 0.00" and cells[4][3].startswith(f"{mean:+.3f} (")
     assert (tmp_path / "table3.json").exists() and (tmp_path / "table3.md").read_text() == report
+    without = score_captions(rows, captions, None)
+    assert "clip_score" not in without["mdd"] and without["tdd"]["token_f1"] == results["tdd"]["token_f1"]
 
 
 def write_pictures(folder: Path, num_train: int = 40, num_test: int = 10) -> None:
@@ -199,6 +212,27 @@ def test_fashion_mnist_is_read_from_mnists_format(tmp_path: Path) -> None:
     rows = public_data.read_idx(tmp_path, "t10k")
     assert rows["label"] == [9, 0, 3] and rows.features["label"].int2str(9) == "Ankle-boot"
     assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]]), pixels)
+
+
+def test_stamps_are_pictures_with_the_first_line_of_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(public_data, "NUM_STAMPS", 2)
+    with pytest.raises(FileNotFoundError, match="has no pictures. `apt-get download tuxpaint-stamps-default`"):
+        prepare_stamps(tmp_path / "stamps", tmp_path / "splits")
+    for shade in range(7):
+        folder = tmp_path / f"stamps/{shade % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (shade, 0, 0)).save(folder / f"{shade}.png")
+        if shade < 6:  # one has no caption
+            (folder / f"{shade}.txt").write_text(f"Straße {shade}.\nfr.utf8=Rue.\n", encoding="utf-8")
+    prepare_stamps(tmp_path / "stamps", tmp_path / "splits")
+    seen = {}
+    for split in ("train", "validation", "test"):
+        rows = load_dataset("parquet", data_files=str(tmp_path / f"splits/{split}.parquet"))["train"]
+        seen[split] = [int(np.asarray(image)[0, 0, 0]) for image in rows["image"]]
+        assert rows["caption"][:] == [f"Straße {shade}." for shade in seen[split]] and len(rows) == 2
+    assert sorted(sum(seen.values(), [])) == list(range(6))
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
@@ -352,7 +386,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--data", "emoji", "--plan"])
     reproduce.main()
-    assert "2 captioners, of which 2 are missing: about 14 minutes." in capsys.readouterr().out
+    assert "6 captioners, 6 missing: about 54 minutes." in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--data", "emoji"])
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
@@ -364,8 +398,8 @@ def test_captions_have_a_plan_and_elements_of_their_own(
 
 def test_every_recipe_of_the_reproduction_is_valid() -> None:
     for setting in CAPTION_SETTINGS.values():
-        assert set(setting.splits) <= set(load_recipe(SCRIPTS / "recipes" / setting.data).data.eval_splits)
-        load_recipe(SCRIPTS / "recipes" / setting.recipe)
+        recipe = load_recipe(SCRIPTS / "recipes" / setting.recipe, setting.overrides)
+        assert set(setting.splits) <= set(recipe.data.eval_splits) and set(setting.methods) <= set(methods_of(recipe))
     for settings in SETTINGS.values():
         for setting in settings.values():
             for variant in setting.variants:

@@ -16,10 +16,11 @@ from ..images_tdd import to_rgb
 from ..modeling_tdd import TDDForCaptioning
 from ..processing_tdd import TDDProcessor
 from . import load_metric
+from .captioners import caption_with, encode_images, load_captioner
 from .claims import PAPER_CLIP_SCORES
 from .figures import save_figure
-from .scoring import load_checkpoint, predict
-from .tables import markdown_table
+from .statistics import paired_bootstrap
+from .tables import markdown_table, mean_and_spread
 from .trajectories import denoising_frames, plot_token_trajectories
 
 
@@ -34,6 +35,7 @@ LABELS = {
     "shuffled": "shuffled captions",
     "mdd": "MDD's captions",
     "tdd": "TDD's captions",
+    "ar": "the autoregressive decoder's captions",
     "shipped": "the shipped TDD's captions",
 }
 
@@ -51,61 +53,67 @@ def shuffled(captions: Sequence[str], seed: int) -> list[str]:
     return [captions[index] for index in order]
 
 
-def bootstrap_mean(scores: Sequence[float], num_draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the mean over images that are drawn anew."""
-    values, generator = np.asarray(scores), np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(num_draws)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def caption_images(data: "Dataset", checkpoints: dict[str, str | Path], num_steps: int = 10) -> dict[str, list[str]]:
-    """The captions that each checkpoint, by its name, gives the images of a data set."""
-    captions: dict[str, Any] = {}
-    for name, checkpoint in checkpoints.items():
-        model, processor = load_checkpoint(checkpoint)
-        captions[name] = predict(model, processor, data, batch_size=64, num_inference_steps=num_steps)
+def caption_images(data: "Dataset", checkpoints: dict[str, list[Path]]) -> dict[str, list[list[str]]]:
+    """The captions that the checkpoints of each name, one for each seed, give the images of a data set."""
+    captions: dict[str, list[list[str]]] = {name: [] for name in checkpoints}
+    for name, folders in checkpoints.items():
+        for folder in folders:
+            model, processor = load_captioner(folder)
+            tokens = caption_with(model, encode_images(model, processor, data))
+            captions[name].append(processor.batch_decode(tokens, skip_special_tokens=True))
     return captions
 
 
-def score_captions(data: "Dataset", captions: dict[str, list[str]], clip: str) -> dict[str, Any]:
+def score_captions(data: "Dataset", captions: dict[str, list[list[str]]], clip: str | None) -> dict[str, Any]:
     r"""
-    Table 3: the CLIP scores of the first true caption of each image, of those of other images, and of models.
+    Table 3: scores of the first true caption of each image, of those of other images, and of models.
 
     Args:
         data (`Dataset`): Rows with `image` and `captions`.
-        captions (`dict[str, list[str]]`): The captions of each model, by its name.
-        clip (`str`): A CLIP, by folder or model id.
+        captions (`dict[str, list[list[str]]]`):
+            The captions of the models of each name, one list for each seed. There are three shuffles, too.
+        clip (`str`, *optional*): A CLIP, by folder or model id. `None`: no CLIP scores.
 
     Returns:
-        `dict`: for each kind of captions `clip_score`, its 95 % interval `low` and `high` over images, and
-        `exact_match` and `token_f1`. The score of shuffled captions is the mean of three shuffles.
+        `dict`: for each kind of captions the `exact_match` and `token_f1` of each seed, and with a CLIP the
+        `clip_score` of each seed, the 95 % interval `low` to `high` of their mean over seeds and images, and
+        `less_mdd`, the same of the difference to MDD's captions with the difference itself before it.
     """
     images, references = [to_rgb(image) for image in data["image"]], list(data["captions"])
     true = [texts[0] for texts in references]
-    kinds = {"true": [true], "shuffled": [shuffled(true, seed) for seed in range(NUM_SHUFFLES)]}
-    kinds |= {name: [texts] for name, texts in captions.items()}
-    score, match, results = load_metric("clip_score"), load_metric("caption_match"), {}
+    kinds = {"true": [true], "shuffled": [shuffled(true, seed) for seed in range(NUM_SHUFFLES)], **captions}
+    metric, match, results, scores = load_metric("clip_score"), load_metric("caption_match"), {}, {}
     for name, versions in kinds.items():
-        scores = [score.compute(predictions=v, references=images, model=clip)["clip_scores"] for v in versions]
-        low, high = bootstrap_mean(np.mean(scores, axis=0))
-        agreement = match.compute(predictions=versions[0], references=references)
-        results[name] = {"clip_score": float(np.mean(scores)), "low": low, "high": high}
-        results[name] |= {metric: agreement[metric] for metric in ("exact_match", "token_f1")}
+        agreements = [match.compute(predictions=version, references=references) for version in versions]
+        results[name] = {key: [agreement[key] for agreement in agreements] for key in ("exact_match", "token_f1")}
+        if clip is None:
+            continue
+        computed = [metric.compute(predictions=version, references=images, model=clip) for version in versions]
+        scores[name] = np.array([one["clip_scores"] for one in computed])
+        _, low, high = paired_bootstrap(scores[name], np.zeros_like(scores[name]))
+        results[name] |= {"clip_score": scores[name].mean(1).tolist(), "low": low, "high": high}
+    if "tdd" in scores:
+        results["tdd"]["less_mdd"] = paired_bootstrap(scores["tdd"], scores["mdd"])
     return results
 
 
 def write_table3(results: dict[str, dict[str, Any]], about: dict[str, Any], command: str, report_dir: Path) -> str:
     """Writes `table3.json` and `table3.md` of the results of each split, and returns the latter. `about` is what is to
     be known of the CLIP and of the models."""
-    header = ["split", "captions", "CLIP score (95 %)", "exact match, %", "token F1, %", "paper (COCO)"]
+    header = ["split", "captions", "CLIP score (95 %)", "less MDD's (95 %)", "exact match, %", "token F1, %"]
+    header.append("paper (COCO)")
     rows = []
     for split, kinds in results.items():
         for name, values in kinds.items():
-            score = f"{values['clip_score']:.3f} ({values['low']:.3f} to {values['high']:.3f})"
-            match = [f"{100 * values[metric]:.1f}" for metric in ("exact_match", "token_f1")]
+            score = less = ""
+            if "clip_score" in values:
+                score = f"{np.mean(values['clip_score']):.3f} ({values['low']:.3f} to {values['high']:.3f})"
+            if "less_mdd" in values:
+                mean, low, high = values["less_mdd"]
+                less = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            match = [mean_and_spread(values[metric]) for metric in ("exact_match", "token_f1")]
             paper = PAPER_CLIP_SCORES.get(name)
-            rows.append([split, LABELS[name], score, *match, "" if paper is None else f"{paper:.2f}"])
+            rows.append([split, LABELS[name], score, less, *match, "" if paper is None else f"{paper:.2f}"])
     facts = "\n".join(f"- {name}: {json.dumps(value)}" for name, value in about.items())
     report = f"# Table 3\n\nPlain cosines. `{command}`\n\n{markdown_table(header, rows)}\n\n{facts}\n"
     report_dir.mkdir(parents=True, exist_ok=True)
@@ -174,11 +182,11 @@ def run_loop(model: TDDForCaptioning, processor: TDDProcessor, image: Image.Imag
 
 
 def write_caption_figures(
-    elements: Sequence[str], data: "Dataset", captions: dict[str, list[str]], tdd: str | Path, report_dir: Path
+    elements: Sequence[str], data: "Dataset", captions: dict[str, list[str]], tdd: Path, report_dir: Path
 ) -> None:
     """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random."""
     rows = example_rows(data)
-    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_checkpoint(tdd))
+    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner(tdd))
     if "fig7" in elements:
         save_figure(plot_examples(data, captions, rows), report_dir / "fig7")
     if "fig9" in elements:

@@ -67,15 +67,22 @@ ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_si
 
 @dataclass(frozen=True)
 class CaptionSetting:
-    """MDD and TDD as captioners: the recipe that trains them, the splits to caption, which are those of the data of
-    another recipe, and a CLIP by folder or id. `others` are checkpoints that need no training."""
+    """Captioners to compare: the recipe that trains them, with `overrides`, the splits to caption, and a CLIP by
+    folder or id. `minutes` is the time of one training. `others` are checkpoints that need no training."""
 
     recipe: str  # in scripts/recipes
-    data: str  # likewise
     splits: tuple[str, ...]
-    clip: str
+    clip: str | None  # `None`: no CLIP knows such pictures
     minutes: float
+    num_seeds: int = 3
+    methods: tuple[str, ...] = ("mdd", "tdd")
+    overrides: tuple[str, ...] = ()
     others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Method and seed of each training."""
+        return [(method, seed) for seed in range(self.num_seeds) for method in self.methods]
 
 
 SETTINGS: dict[str, dict[str, Setting]] = {
@@ -136,16 +143,15 @@ CAPTION_ELEMENTS = ("table3", "fig7", "fig9", "fig10")
 PAPER_SOFTMAX = 82.35  # Table 2, sampling with softmax, top-1 in percent
 PAPER_CLIP_SCORES: dict[str, float] = {"true": 0.30, "shuffled": 0.16, "mdd": 0.18, "tdd": 0.25}  # Table 3
 CAPTION_SETTINGS = {
-    # The captioners know the 2,000 pictures of the embedded set. Neither training set has a picture of the split.
+    # No training set has a picture of these splits: neither that of the captioners nor that of the CLIP.
     "emoji": CaptionSetting(
-        "emoji.yaml",
         "emoji_full.yaml",
-        ("test_combo",),
+        ("validation", "test_combo"),
         "outputs/emoji_clip",
-        7,
-        {"shipped": "checkpoints/emoji-captions"},
+        9,
+        overrides=("training.num_train_epochs=8",),
+        others={"shipped": "checkpoints/emoji-captions"},
     ),
-    "coco": CaptionSetting(
-        "coco_vit_b16.yaml", "coco_vit_b16.yaml", ("val2017",), "openai/clip-vit-base-patch32", 1_500
-    ),
+    "stamps": CaptionSetting("stamps.yaml", ("validation", "test"), None, 2, methods=("mdd", "tdd", "ar")),
+    "coco": CaptionSetting("coco_vit_b16.yaml", ("val2017",), "openai/clip-vit-base-patch32", 1_500, num_seeds=1),
 }

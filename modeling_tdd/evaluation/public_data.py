@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
-"""The public pictures of the experiments, CIFAR-10 and Fashion-MNIST, as parquet files of fixed splits."""
+"""The public pictures of the experiments as parquet files: CIFAR-10, Fashion-MNIST and Tux Paint's stamps."""
 
 import gzip
 from collections.abc import Callable
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 
 NUM_VALIDATION = 5_000  # the last rows of the published training split
+NUM_STAMPS = 100  # of the validation and of the test split each
 SHARES = (1, 10)  # percent of the training rows that `train_<share>` has, from the first
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
@@ -44,11 +45,45 @@ def prepare_splits(name: str, source: Path, folder: Path) -> None:
     count = len(rows) - NUM_VALIDATION
     splits = {"train": rows.select(range(count)), "validation": rows.select(range(count, len(rows))), "test": test}
     splits |= {f"train_{share}": rows.select(range(count * share // 100)) for share in SHARES}
+    _write(splits, folder)
+
+
+def prepare_stamps(source: Path, folder: Path) -> None:
+    r"""
+    Writes 785 captioned pictures as parquet files with the columns `image` and `caption`, in an order drawn at random:
+    100 of them are `validation`, 100 `test`, and the others `train`. Files that exist are left alone. The pictures are
+    under the GPL-2: what was made of them is for experiments, and is not published.
+
+    Args:
+        source (`Path`): The folder of stamps of Debian's package `tuxpaint-stamps-default`.
+        folder (`Path`): Where the files go.
+
+    Raises:
+        `FileNotFoundError`: if `source` has no pictures.
+    """
+    if all((folder / f"{split}.parquet").exists() for split in ("train", "validation", "test")):
+        return
+    pictures = [path for path in sorted(source.rglob("*.png")) if path.with_suffix(".txt").exists()]
+    if not pictures:
+        raise FileNotFoundError(
+            f"{source} has no pictures. `apt-get download tuxpaint-stamps-default`, unpack the package by `dpkg -x`, "
+            f"and move its folder usr/share/tuxpaint/stamps to {source}."
+        )
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0] for path in pictures]
+    columns = {"image": [str(path) for path in pictures], "caption": captions}
+    rows = Dataset.from_dict(columns, features=Features({"image": Image(), "caption": Value("string")}))
+    order = np.random.default_rng(0).permutation(len(rows))
+    parts = zip(("validation", "test", "train"), np.split(order, [NUM_STAMPS, 2 * NUM_STAMPS]))
+    _write({split: rows.select(part) for split, part in parts}, folder)
+
+
+def _write(splits: dict[str, Dataset], folder: Path) -> None:
+    """Writes each split with its images inside, or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, file in files.items():
-        temporary = file.with_suffix(".tmp")
-        splits[split].to_parquet(temporary)
-        temporary.replace(file)
+    for split, rows in splits.items():
+        temporary = folder / f"{split}.tmp"
+        rows.to_parquet(temporary)
+        temporary.replace(folder / f"{split}.parquet")
 
 
 def _reader(name: str, source: Path) -> Callable[[str], Dataset]:
