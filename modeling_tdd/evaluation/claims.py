@@ -109,6 +109,15 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             SHORT,
             mdd=("training.learning_rate=2.0e-3",),
         ),
+        # For the claim that TDD is better than MDD with a larger encoder
+        "frozen_larger": Setting(
+            "CIFAR-10, larger frozen encoder",
+            "cifar10/frozen_larger.yaml",
+            3,
+            1.3,
+            ("mdd",),
+            mdd=("training.learning_rate=2.0e-3",),
+        ),
         "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
     },
     "fashion_mnist": {
