@@ -408,7 +408,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
         reproduce.main()
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--settings", "warm"])
     with pytest.raises(
-        SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, frozen_1, frozen_larger"
+        SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, "
     ):
         reproduce.main()
 
