@@ -407,9 +407,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
         reproduce.main()
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--settings", "warm"])
-    with pytest.raises(
-        SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, "
-    ):
+    with pytest.raises(SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, "):
         reproduce.main()
 
 
