@@ -97,7 +97,7 @@ def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> Non
         return
     if args.data == "stamps":
         prepare_stamps(DATA / args.data, DATA / "splits" / args.data)
-    recipe = load_recipe(RECIPES / setting.recipe, setting.overrides)
+    recipe = load_recipe(RECIPES / setting.recipe, [*setting.overrides])
     for method, seed in missing:
         run(recipe, method, seed, runs[method, seed], restart=False)
     folders = {name: [folder for (method, _), folder in runs.items() if method == name] for name in setting.methods}

@@ -82,7 +82,9 @@ def score_captions(data: "Dataset", captions: dict[str, list[list[str]]], clip: 
     images, references = [to_rgb(image) for image in data["image"]], list(data["captions"])
     true = [texts[0] for texts in references]
     kinds = {"true": [true], "shuffled": [shuffled(true, seed) for seed in range(NUM_SHUFFLES)], **captions}
-    metric, match, results, scores = load_metric("clip_score"), load_metric("caption_match"), {}, {}
+    metric, match = load_metric("clip_score"), load_metric("caption_match")
+    results: dict[str, dict[str, Any]] = {}
+    scores: dict[str, np.ndarray] = {}
     for name, versions in kinds.items():
         agreements = [match.compute(predictions=version, references=references) for version in versions]
         results[name] = {key: [agreement[key] for agreement in agreements] for key in ("exact_match", "token_f1")}
