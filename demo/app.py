@@ -37,7 +37,7 @@ CHOICES = """A: man, woman, person
 B: light, medium-dark, dark"""
 # By name: picture, beginning or caption with blanks, and choices
 EXAMPLES = {
-    "A couple": [str(SHIPPED / "emoji-captions/couple.png"), "", ""],
+    "A weightlifter": [str(SHIPPED / "emoji-captions/weightlifter.png"), "", ""],
     "A climber": [str(SHIPPED / "emoji-captions/example.png"), "", ""],
     "A climber, with blanks": [str(SHIPPED / "emoji-captions/example.png"), "man [MASK]: [MASK] skin tone", ""],
     "A climber, with choices": [str(SHIPPED / "emoji-captions/example.png"), "[A] climbing: [B] skin tone", CHOICES],

@@ -18,7 +18,7 @@ from modeling_tdd.candidates_tdd import rank_candidates
 MakeCaptioner = Callable[..., TDDForCaptioning]
 PAD, EOS = 0, 2
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "emoji-captions"
-PICTURES = [str(CHECKPOINT / name) for name in ("example.png", "couple.png")]
+PICTURES = [str(CHECKPOINT / name) for name in ("example.png", "weightlifter.png")]
 SKIN = {"A": ["man", "woman", "person"], "B": ["light", "medium-dark", "dark"]}
 
 
@@ -224,16 +224,16 @@ def test_a_thousand_sets_of_choices_are_kept(shipped: tuple[TDDForCaptioning, TD
 def test_choices_through_the_pipeline() -> None:
     captioner = pipeline("image-captioning", model=str(CHECKPOINT))
     for batch_size in (1, 2):
-        climbing, couple = captioner(
+        climbing, lifting = captioner(
             PICTURES, infill="[A] climbing: [B] skin tone", choices=SKIN, batch_size=batch_size
         )
         assert climbing[0]["generated_text"] == "woman climbing: dark skin tone"
-        assert climbing[0]["choices"]["A"]["woman"] > 0.9 and climbing[0]["choices"]["B"]["dark"] > 0.6
-        assert sum(couple[0]["choices"]["B"].values()) == pytest.approx(1, abs=1e-5)
+        assert climbing[0]["choices"]["A"]["woman"] > 0.9 and climbing[0]["choices"]["B"]["dark"] > 0.5
+        assert sum(lifting[0]["choices"]["B"].values()) == pytest.approx(1, abs=1e-5)
         assert climbing[0]["score"] <= min(climbing[0]["choices"]["A"]["woman"], climbing[0]["choices"]["B"]["dark"])
-    captions = ["man running", "woman climbing: dark skin tone", "couple with heart"]
+    captions = ["man running", "woman climbing: dark skin tone", "woman lifting weights"]
     ranked = captioner(PICTURES[1], choices=captions, num_return_sequences=3)
-    assert ranked[0]["generated_text"] == "couple with heart" and ranked[0]["score"] == max(
+    assert ranked[0]["generated_text"] == "woman lifting weights" and ranked[0]["score"] == max(
         ranked[0]["choices"].values()
     )
     assert [record["score"] for record in ranked] == sorted(ranked[0]["choices"].values(), reverse=True)

@@ -19,7 +19,7 @@ from modeling_tdd import TDDForImageClassification
 
 ROOT = Path(__file__).parent.parent
 CAPTIONER, CLASSIFIER = ROOT / "checkpoints/emoji-captions", ROOT / "checkpoints/digits"
-WOMAN, COUPLE, DIGIT = CAPTIONER / "example.png", CAPTIONER / "couple.png", CLASSIFIER / "example.png"
+WOMAN, WEIGHTLIFTER, DIGIT = CAPTIONER / "example.png", CAPTIONER / "weightlifter.png", CLASSIFIER / "example.png"
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +55,13 @@ def test_caption(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_several_images_and_options(capfd: pytest.CaptureFixture[str]) -> None:
     options = ("--num-return-sequences", "2", "--text", "woman", "--num-inference-steps", "4", "--seed", "1")
-    status, lines, _ = run(capfd, "caption", WOMAN, COUPLE, "--model", CAPTIONER, *options)
+    status, lines, _ = run(capfd, "caption", WOMAN, WEIGHTLIFTER, "--model", CAPTIONER, *options)
     assert status == 0
     captioner = pipeline("image-captioning", model=str(CAPTIONER))
     settings = {"text": "woman", "num_return_sequences": 2, "num_inference_steps": 4, "seed": 1}
-    expected = {image: captioner(image, **settings) for image in (WOMAN, COUPLE)}
+    expected = {image: captioner(image, **settings) for image in (WOMAN, WEIGHTLIFTER)}
     assert lines == [f"{image}: {c['generated_text']}" for image, captions in expected.items() for c in captions]
-    status, lines, _ = run(capfd, "caption", WOMAN, COUPLE, "--model", CAPTIONER, *options, "--json")
+    status, lines, _ = run(capfd, "caption", WOMAN, WEIGHTLIFTER, "--model", CAPTIONER, *options, "--json")
     assert [json.loads(line) for line in lines] == [
         {"image": str(image), "captions": captions} for image, captions in expected.items()
     ]
@@ -79,7 +79,7 @@ def test_classify(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_show(capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ("show", COUPLE, "--model", CAPTIONER, "--num-inference-steps", "5")
+    arguments = ("show", WEIGHTLIFTER, "--model", CAPTIONER, "--num-inference-steps", "5")
     status, lines, _ = run(capfd, *arguments)
     assert status == 0 and [line[:10] for line in lines] == [f"t = {t:4d}  " for t in (1000, 800, 600, 400, 200)]
     (caption,) = run(capfd, "caption", *arguments[1:])[1]

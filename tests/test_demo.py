@@ -29,7 +29,7 @@ from modeling_tdd.training.tokenization import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CAPTIONER, DIGITS = ROOT / "checkpoints/emoji-captions", ROOT / "checkpoints/digits"
-COUPLE, CLIMBER = CAPTIONER / "couple.png", CAPTIONER / "example.png"
+WEIGHTLIFTER, CLIMBER = CAPTIONER / "weightlifter.png", CAPTIONER / "example.png"
 SETTINGS = {"num_inference_steps": 10, "seed": 0}
 START_LIMIT = 300
 
@@ -119,10 +119,10 @@ def denoise(captioner: Any, picture: Path, text: str = "", choices: Any = None, 
 
 
 def test_drafts_come_step_by_step(demo: Any) -> None:
-    *drafts, denoised = denoise(demo.captioners[0], COUPLE)
+    *drafts, denoised = denoise(demo.captioners[0], WEIGHTLIFTER)
     assert drafts == [frame.caption for frame in denoised.frames]
     assert len(drafts) == 10 and len(set(drafts)) > 3
-    expected = pipeline("image-captioning", model=str(CAPTIONER))(COUPLE)
+    expected = pipeline("image-captioning", model=str(CAPTIONER))(WEIGHTLIFTER)
     assert drafts[-1] == expected[0]["generated_text"]
 
 
@@ -139,14 +139,14 @@ def test_drafts_come_while_others_are_computed(demo: Any, monkeypatch: pytest.Mo
         return step
 
     monkeypatch.setattr(type(demo.captioners[0].model), "denoising_step", property(slow))
-    progress = demo.captioners[0].denoise(Image.open(COUPLE), "", None, SETTINGS)
+    progress = demo.captioners[0].denoise(Image.open(WEIGHTLIFTER), "", None, SETTINGS)
     assert isinstance(next(progress), str) and len(taken) < 5
     list(progress)
     assert len(taken) == 10
 
 
 def test_threads_do_not_disturb_each_other(demo: Any) -> None:
-    pictures = [COUPLE, CLIMBER, DIGITS / "example.png"] * 4
+    pictures = [WEIGHTLIFTER, CLIMBER, DIGITS / "example.png"] * 4
     alone = [denoise(demo.captioners[0], picture)[-1].frames for picture in pictures[:3]] * 4
     assert len({frames[-1].caption for frames in alone}) == 3
     with ThreadPoolExecutor(8) as threads:
@@ -159,19 +159,19 @@ def test_threads_do_not_disturb_each_other(demo: Any) -> None:
 def test_settings_reach_the_loop(demo: Any) -> None:
     captioner = demo.captioners[0]
     settings = {"num_inference_steps": 4, "sampler": "renoise", "guidance_scale": 1.5, "seed": 3}
-    frames = denoise(captioner, COUPLE, **settings)[-1].frames
-    inputs = captioner.processor(images=COUPLE, return_tensors="pt")
+    frames = denoise(captioner, WEIGHTLIFTER, **settings)[-1].frames
+    inputs = captioner.processor(images=WEIGHTLIFTER, return_tensors="pt")
     outputs = captioner.model.generate(**inputs, **settings, return_dict_in_generate=True, output_trajectory=True)
     length = len(frames[-1].tokens)
     expected = outputs.trajectory.log_probs[0, -1, :length].exp()
     torch.testing.assert_close(torch.tensor([p for _, p in frames[-1].tokens]), expected)
     with pytest.raises(ValueError, match="guidance_scale"):  # also out of the thread
-        denoise(captioner, COUPLE, guidance_scale=-1.0)
+        denoise(captioner, WEIGHTLIFTER, guidance_scale=-1.0)
 
 
 def test_highlighted_tokens_make_up_the_draft(demo: Any, modules: tuple[Any, Any]) -> None:
     _, denoising = modules
-    frame = denoise(demo.captioners[0], COUPLE)[-1].frames[2]
+    frame = denoise(demo.captioners[0], WEIGHTLIFTER)[-1].frames[2]
     tokens = denoising.highlight(frame)
     assert "".join(piece for piece, _ in tokens) == frame.caption
     assert {label for _, label in tokens} <= set(denoising.COLOR_MAP)
@@ -180,7 +180,7 @@ def test_highlighted_tokens_make_up_the_draft(demo: Any, modules: tuple[Any, Any
 
 
 def test_entropy_of_both_models(demo: Any, modules: tuple[Any, Any]) -> None:
-    results = [denoise(captioner, COUPLE)[-1] for captioner in demo.captioners]
+    results = [denoise(captioner, WEIGHTLIFTER)[-1] for captioner in demo.captioners]
     axes = modules[1].plot_entropies(["one", "two"], results).axes[0]
     shown = [line.get_ydata().tolist() for line in axes.get_lines()]
     assert shown == [[frame.entropy for frame in denoised.frames] for denoised in results]
@@ -218,7 +218,7 @@ def test_every_control_has_a_name(demo: Any) -> None:
 
 def test_steps_and_tokens_are_shown(demo: Any, modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     app, denoising = modules
-    *_, last = demo.caption(str(COUPLE), "", "", 10, 1.0, "", 0)
+    *_, last = demo.caption(str(WEIGHTLIFTER), "", "", 10, 1.0, "", 0)
     results, first, second = last[demo.results], *demo.views
     assert last[first.caption] == results[0].frames[-1].caption
     updates = demo.describe(results)
@@ -263,7 +263,7 @@ def test_a_visitor_gets_captions_and_a_digit(address: str) -> None:
 
 
 def test_a_visitor_sees_drafts(address: str) -> None:
-    job = Client(address, verbose=False).submit(handle_file(COUPLE), "", "", 10, 1.0, "", 0, api_name="/caption")
+    job = Client(address, verbose=False).submit(handle_file(WEIGHTLIFTER), "", "", 10, 1.0, "", 0, api_name="/caption")
     drafts = list(dict.fromkeys(output[0] for output in job))
     assert len(drafts) > 2 and drafts[0].endswith("tone-dark skin tone")
     assert job.result()[0].endswith(" medium-dark skin tone")
@@ -279,7 +279,7 @@ def test_a_visitor_fills_blanks_and_chooses(address: str) -> None:
 
 
 def test_users_at_once_get_their_own_captions(address: str) -> None:
-    pictures = [COUPLE, CLIMBER, DIGITS / "example.png"] * 2
+    pictures = [WEIGHTLIFTER, CLIMBER, DIGITS / "example.png"] * 2
     alone = [ask(address, picture)[0] for picture in pictures[:3]] * 2
     with ThreadPoolExecutor(len(pictures)) as users:
         assert [answer[0] for answer in users.map(lambda picture: ask(address, picture), pictures)] == alone
@@ -288,7 +288,7 @@ def test_users_at_once_get_their_own_captions(address: str) -> None:
 
 def test_what_is_wrong_is_said(address: str, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no pixels")
-    (tmp_path / "cut.png").write_bytes(COUPLE.read_bytes()[:2000])
+    (tmp_path / "cut.png").write_bytes(WEIGHTLIFTER.read_bytes()[:2000])
     Image.new("L", (10_000, 9_000)).save(tmp_path / "huge.png")
     for name, reason in {
         "notes": "it has no known image format",
