@@ -135,9 +135,9 @@ def test_choices(capfd: pytest.CaptureFixture[str]) -> None:
     expected = captioner(str(WOMAN), infill="[A] climbing: [B] skin tone", choices=gaps)
     assert status == 0 and json.loads(lines[0])["captions"] == expected
     lines = run(capfd, "caption", WOMAN, "--model", CAPTIONER, *options)[1]
-    assert re.fullmatch(r"woman climbing: light skin tone \(0\.\d{3}\)", lines[0])
+    assert re.fullmatch(r"woman climbing: medium-dark skin tone \(0\.\d{3}\)", lines[0])
     assert re.fullmatch(r"  A: woman \(0\.9\d\d\), \w+ \(0\.0\d\d\), \w+ \(0\.0\d\d\)", lines[1])
-    assert len(lines) == 3 and lines[2].startswith("  B: light (0.")
+    assert len(lines) == 3 and lines[2].startswith("  B: medium-dark (0.")
 
     whole = ("--choices", "man running", "woman climbing: dark skin tone")
     lines = run(capfd, "caption", WOMAN, "--model", CAPTIONER, *whole, "--num-return-sequences", "2")[1]
