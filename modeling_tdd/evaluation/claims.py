@@ -125,9 +125,16 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             "a tenth of Fashion-MNIST, from scratch",
             "fashion_mnist/scratch.yaml",
             3,
-            5.0,
+            2.5,
             ("mdd", "tdd", "no_coefficient"),
-        )
+        ),
+        "scratch_long": Setting(
+            "a tenth of Fashion-MNIST, from scratch, 60 epochs",
+            "fashion_mnist/scratch_long.yaml",
+            3,
+            7.0,
+            ("mdd", "tdd"),
+        ),
     },
     "imagenet": {
         # 500 epochs at some 800 images a second
