@@ -33,6 +33,7 @@ def plot_panels(panels: Sequence[Panel], labels: Sequence[str], columns: int = 2
     """Draws panels side by side: the mean of each line, and its standard deviation over seeds as a band. A label has
     the colour of its place in `labels`, which may have others too."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -56,6 +57,8 @@ def plot_panels(panels: Sequence[Panel], labels: Sequence[str], columns: int = 2
         if panel.ticks is not None:
             axes.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
             axes.minorticks_off()
+        elif not panel.is_log:  # epochs, steps and severities are whole numbers
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
