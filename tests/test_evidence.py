@@ -2,6 +2,7 @@
 """What the reports rest on: statistics, CLIP scores, public pictures, corruptions, and which trainings are missing."""
 
 import gzip
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -228,6 +229,7 @@ def test_stamps_are_pictures_with_the_first_line_of_their_text(
         if shade < 6:  # one has no caption
             (folder / f"{shade}.txt").write_text(f"Straße {shade}.\nfr.utf8=Rue.\n", encoding="utf-8")
     prepare_stamps(tmp_path / "stamps", tmp_path / "splits")
+    shutil.rmtree(tmp_path / "stamps")  # the files hold the pictures
     seen = {}
     for split in ("train", "validation", "test"):
         rows = load_dataset("parquet", data_files=str(tmp_path / f"splits/{split}.parquet"))["train"]

@@ -70,7 +70,7 @@ def prepare_stamps(source: Path, folder: Path) -> None:
             f"and move its folder usr/share/tuxpaint/stamps to {source}."
         )
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0] for path in pictures]
-    columns = {"image": [str(path) for path in pictures], "caption": captions}
+    columns = {"image": [{"bytes": path.read_bytes()} for path in pictures], "caption": captions}
     rows = Dataset.from_dict(columns, features=Features({"image": Image(), "caption": Value("string")}))
     order = np.random.default_rng(0).permutation(len(rows))
     parts = zip(("validation", "test", "train"), np.split(order, [NUM_STAMPS, 2 * NUM_STAMPS]))
