@@ -16,7 +16,7 @@ from modeling_tdd import TDDForCaptioning
 from modeling_tdd.evaluation.baselines import AutoregressiveCaptioner, AutoregressiveConfig
 from modeling_tdd.evaluation.captioners import fill_gaps
 from modeling_tdd.evaluation.constraint_reports import group_by_method
-from modeling_tdd.evaluation.constraints import Distractors, Example, draw_examples
+from modeling_tdd.evaluation.constraints import Distractors, Example, _best_confidence_temperature, draw_examples
 
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +100,13 @@ def test_wrong_choices_fit_the_place_first() -> None:
     assert len(set(chosen)) == 5 and all(choice[0] in (6, 8, 9, 11) for choice in chosen)  # then behind 5
 
 
+def test_the_temperature_of_a_confidence_makes_it_right() -> None:
+    generator = np.random.default_rng(0)
+    probability = generator.uniform(0.05, 0.95, 20_000)
+    right = generator.random(20_000) < probability
+    assert _best_confidence_temperature(2.5 * np.log(probability), right) == pytest.approx(2.5, rel=0.05)
+
+
 def test_the_script_measures_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -122,6 +129,7 @@ def test_the_script_measures_what_is_missing(
     assert combo["infilling"]["exact_match"] > 0.5 and combo["choices"]["top1"] > 0.8
     coverage = list(combo["captions"]["coverage"].values())
     assert coverage[-1] == pytest.approx(combo["captions"]["exact_match"]) and coverage[0] >= coverage[-1]
+    assert combo["captions"]["temperature"] == result["confidence_temperature"] != result["temperature"]
     assert "| test_combo | emoji-captions | 1     |" in table and (tmp_path / "coverage.png").stat().st_size > 10_000
     changed = file.read_text().replace('"images": 12', '"images": 11')
     file.write_text(changed)

@@ -56,7 +56,7 @@ def write_reports(results: dict[str, dict[str, Any]], output_dir: Path) -> str:
         `str`: the tables.
     """
     groups = group_by_method(results)
-    splits = [name for name in next(iter(results.values())) if name != "temperature"]
+    splits = [name for name, value in next(iter(results.values())).items() if isinstance(value, dict)]
     parts = []
     for title, columns in TABLES.items():
         rows = [
@@ -70,10 +70,12 @@ def write_reports(results: dict[str, dict[str, Any]], output_dir: Path) -> str:
             for method, seeds in groups.items()
         ]
         parts.append(f"## {title}\n\n{markdown_table(['split', 'method', 'seeds', *columns], rows)}")
+    names = {"temperature": "choices, each seed", "confidence_temperature": "confidence, each seed"}
     temperatures = [
-        [method, ", ".join(f"{seed['temperature']:.2f}" for seed in seeds)] for method, seeds in groups.items()
+        [method, *(", ".join(f"{seed[name]:.2f}" for seed in seeds) for name in names)]
+        for method, seeds in groups.items()
     ]
-    parts.append(f"## Temperatures\n\n{markdown_table(['method', 'of each seed'], temperatures)}")
+    parts.append(f"## Temperatures\n\n{markdown_table(['method', *names.values()], temperatures)}")
     text = "# Captioning under constraints\n\n" + "\n\n".join(parts) + "\n\n![coverage](coverage.png)\n"
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "constraints.md").write_text(text)

@@ -85,8 +85,8 @@ def measure_captioner(
     model: Captioner, processor: TDDProcessor, splits: dict[str, "Dataset"], train_captions: Sequence[str]
 ) -> dict[str, Any]:
     r"""
-    Measures everything on each split. The temperature of the probabilities is chosen on the first split, by the
-    likelihood of the right choices.
+    Measures everything on each split. Two temperatures are chosen on the first one by likelihood: that of the
+    probabilities of choices, and that of the confidence in a caption, which is the caption's own probability.
 
     Args:
         model, processor: Of [`load_captioner`].
@@ -94,7 +94,8 @@ def measure_captioner(
         train_captions (`Sequence[str]`): Where wrong choices come from.
 
     Returns:
-        `dict`: `temperature`, and for each split the scores of [`fill`], [`choose`] and [`caption`].
+        `dict`: `temperature` and `confidence_temperature`, and for each split the scores of [`fill`], [`choose`] and
+        [`caption`].
     """
     distractors = Distractors(_encode(processor, train_captions))
     results: dict[str, Any] = {}
@@ -103,11 +104,13 @@ def measure_captioner(
         captions = _encode(processor, data["caption"])
         scores = choice_scores(model, features, captions, distractors)
         temperature = results.setdefault("temperature", _best_temperature(scores))
+        made = caption(model, features, captions, results.get("confidence_temperature"))
+        results.setdefault("confidence_temperature", made["temperature"])
         results[split] = {
             "images": len(data),
             "infilling": fill(model, features, captions),
             "choices": choose(scores, temperature),
-            "captions": caption(model, features, captions, temperature),
+            "captions": made,
         }
     return results
 
@@ -161,12 +164,16 @@ def choose(scores: np.ndarray, temperature: float) -> dict[str, float]:
     return {"sets": len(rights), **found, "ece_without_temperature": calibration(_softmax(scores), rights)["ece"]}
 
 
-def caption(model: Captioner, features: Tensor, captions: Sequence[Span], temperature: float) -> dict[str, Any]:
-    """Exact match of captions, of one and of the best of several; and by the share of the surest, by their scores."""
+def caption(
+    model: Captioner, features: Tensor, captions: Sequence[Span], temperature: float | None = None
+) -> dict[str, Any]:
+    """Exact match of captions, of one and of the best of several; and by the share of the surest, by their scores. The
+    confidence in a caption is `exp(score / temperature)`, by default with the temperature that is best here."""
     rows = torch.stack([_row(model, tokens[: model.config.max_position_embeddings - 1]) for tokens in captions])
     made = caption_with(model, features)
     right = (made == rows).all(1).numpy()
     score = model.score(labels=made, image_features=features)
+    temperature = temperature or _best_confidence_temperature(score.numpy(), right)
     confidence = (score / temperature).exp().double().numpy()
     ranked = (caption_with(model, features, NUM_CANDIDATES) == rows).all(1).numpy()
     pairs = calibration(np.stack([confidence, 1 - confidence], 1), np.where(right, 0, 1))
@@ -177,6 +184,7 @@ def caption(model: Captioner, features: Tensor, captions: Sequence[Span], temper
         "spoiled": int((right & ~ranked).sum()),
         "coverage": dict(zip(COVERAGES, selective_accuracy(score.numpy(), right, COVERAGES))),
         "confidence_ece": pairs["ece"],
+        "temperature": temperature,
     }
 
 
@@ -198,4 +206,13 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 def _best_temperature(scores: np.ndarray) -> float:
     """The temperature with which the right choices, the first ones, are likeliest."""
     losses = [-np.log(np.maximum(_softmax(scores / value)[:, 0], 1e-12)).mean() for value in TEMPERATURES]
+    return float(TEMPERATURES[int(np.argmin(losses))])
+
+
+def _best_confidence_temperature(scores: np.ndarray, right: np.ndarray) -> float:
+    """The temperature with which it is likeliest that the right captions are right, and the others wrong."""
+    losses = []
+    for value in TEMPERATURES:
+        confidence = np.exp(scores.astype(np.float64) / value).clip(1e-6, 1 - 1e-6)
+        losses.append(-np.log(np.where(right, confidence, 1 - confidence)).mean())
     return float(TEMPERATURES[int(np.argmin(losses))])

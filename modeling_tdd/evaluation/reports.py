@@ -197,7 +197,7 @@ def panels_of(element: str, evaluations: Evaluations) -> list[Panel]:
         else:
             names = {"entropy": ("entropy of the output, nats", 1), "confidence": ("largest probability, %", 100)}
             panels += by_step(setting, variants, names)
-    return panels
+    return [panel for panel in panels if len(panel.lines) > 1] or panels  # a single line compares nothing
 
 
 def figure_table(panels: list[Panel]) -> tuple[list[str], list[list[str]]]:
