@@ -42,7 +42,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts can be imported, as by each other."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     for name in ("train", "reproduce", "train_clip", "import_encoder"):
-        sys.modules.pop(name, None)
+        monkeypatch.delitem(sys.modules, name, raising=False)  # imported anew, and put back afterwards
 
 
 def random_probabilities(num_images: int = 200) -> tuple[np.ndarray, np.ndarray]:
