@@ -100,6 +100,7 @@ def test_learning_rates_of_the_recipes(arguments: Callable):
             "imagenet_vit_b16": 1.6e-3,
             "imagenet_vl_enriched": 3e-4,
             "paper_captions": 2e-3,
+            "stamps": 1e-3,
         }
     )
     digits = arguments(**load_recipe(DIGITS, ["training.batch_size=256"]).training)
