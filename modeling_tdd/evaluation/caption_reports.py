@@ -114,7 +114,7 @@ def write_table3(results: dict[str, dict[str, Any]], about: dict[str, Any], comm
                 mean, low, high = values["less_mdd"]
                 less = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
             match = [mean_and_spread(values[metric]) for metric in ("exact_match", "token_f1")]
-            paper = PAPER_CLIP_SCORES.get(name)
+            paper = PAPER_CLIP_SCORES.get(name) if score else None
             rows.append([split, LABELS[name], score, less, *match, "" if paper is None else f"{paper:.2f}"])
     facts = "\n".join(f"- {name}: {json.dumps(value)}" for name, value in about.items())
     report = f"# Table 3\n\nPlain cosines. `{command}`\n\n{markdown_table(header, rows)}\n\n{facts}\n"
