@@ -5,7 +5,7 @@ The same gaps and choices serve all methods: they are drawn from the captions of
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -205,14 +205,20 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 def _best_temperature(scores: np.ndarray) -> float:
     """The temperature with which the right choices, the first ones, are likeliest."""
-    losses = [-np.log(np.maximum(_softmax(scores / value)[:, 0], 1e-12)).mean() for value in TEMPERATURES]
-    return float(TEMPERATURES[int(np.argmin(losses))])
+    return _likeliest(lambda temperature: _softmax(scores / temperature)[:, 0])
 
 
 def _best_confidence_temperature(scores: np.ndarray, right: np.ndarray) -> float:
     """The temperature with which it is likeliest that the right captions are right, and the others wrong."""
-    losses = []
-    for value in TEMPERATURES:
-        confidence = np.exp(scores.astype(np.float64) / value).clip(1e-6, 1 - 1e-6)
-        losses.append(-np.log(np.where(right, confidence, 1 - confidence)).mean())
+
+    def likelihoods(temperature: float) -> np.ndarray:
+        confidence = np.exp(scores.astype(np.float64) / temperature).clip(1e-6, 1 - 1e-6)
+        return np.where(right, confidence, 1 - confidence)
+
+    return _likeliest(likelihoods)
+
+
+def _likeliest(likelihoods: Callable[[float], np.ndarray]) -> float:
+    """The temperature with the highest mean log-likelihood."""
+    losses = [-np.log(np.maximum(likelihoods(value), 1e-12)).mean() for value in TEMPERATURES]
     return float(TEMPERATURES[int(np.argmin(losses))])

@@ -2,7 +2,7 @@
 """The public pictures of the experiments as parquet files: CIFAR-10, Fashion-MNIST and Tux Paint's stamps."""
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 
+SPLITS = ("train", "validation", "test")
 NUM_VALIDATION = 5_000  # the last rows of the published training split
 NUM_STAMPS = 100  # of the validation and of the test split each
 SHARES = (1, 10)  # percent of the training rows that `train_<share>` has, from the first
@@ -36,9 +37,7 @@ def prepare_splits(name: str, source: Path, folder: Path) -> None:
     """
     if name not in HUB_NAMES:
         raise ValueError(f"`name` must be one of {', '.join(HUB_NAMES)}, got {name!r}.")
-    files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
-    files |= {f"train_{share}": folder / f"train_{share}.parquet" for share in SHARES}
-    if all(file.exists() for file in files.values()):
+    if _are_written((*SPLITS, *(f"train_{share}" for share in SHARES)), folder):
         return
     read = _reader(name, source)
     rows, test = read("train"), read("test")
@@ -61,7 +60,7 @@ def prepare_stamps(source: Path, folder: Path) -> None:
     Raises:
         `FileNotFoundError`: if `source` has no pictures.
     """
-    if all((folder / f"{split}.parquet").exists() for split in ("train", "validation", "test")):
+    if _are_written(SPLITS, folder):
         return
     pictures = [path for path in sorted(source.rglob("*.png")) if path.with_suffix(".txt").exists()]
     if not pictures:
@@ -75,6 +74,10 @@ def prepare_stamps(source: Path, folder: Path) -> None:
     order = np.random.default_rng(0).permutation(len(rows))
     parts = zip(("validation", "test", "train"), np.split(order, [NUM_STAMPS, 2 * NUM_STAMPS]))
     _write({split: rows.select(part) for split, part in parts}, folder)
+
+
+def _are_written(splits: Iterable[str], folder: Path) -> bool:
+    return all((folder / f"{split}.parquet").exists() for split in splits)
 
 
 def _write(splits: dict[str, Dataset], folder: Path) -> None:
