@@ -103,16 +103,16 @@ def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> Non
     folders = {name: [folder for (method, _), folder in runs.items() if method == name] for name in setting.methods}
     folders |= {name: [Path(folder)] for name, folder in setting.others.items()}
     splits = load_captions(recipe.data)
-    captions = {split: caption_images(splits[split], folders) for split in setting.splits}
     if "table3" in elements:
+        captions = {split: caption_images(splits[split], folders) for split in setting.splits}
         results = {split: score_captions(splits[split], captions[split], setting.clip) for split in captions}
         about: dict[str, Any] = {"recipe": " ".join([setting.recipe, *setting.overrides]), "CLIP": setting.clip}
         if (quality := Path(setting.clip or "", "retrieval.json")).exists():
             about["retrieval of held-out pairs"] = json.loads(quality.read_text())
         command = f"python scripts/reproduce.py table3 --data {args.data}"
         print(write_table3(results, about, command, report_dir))
-    first = {name: versions[0] for name, versions in captions[setting.splits[-1]].items()}
-    write_caption_figures(elements, splits[setting.splits[-1]], first, [*folders.values()][-1][0], report_dir)
+    first = {name: versions[0] for name, versions in folders.items()}
+    write_caption_figures(elements, splits[setting.splits[-1]], first, report_dir)
 
 
 def main() -> None:

@@ -130,14 +130,14 @@ def example_rows(data: "Dataset", seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).permutation(len(data))[:NUM_EXAMPLES].tolist()
 
 
-def plot_examples(data: "Dataset", captions: dict[str, list[str]], rows: Sequence[int]) -> "Figure":
+def plot_examples(data: "Dataset", captions: dict[str, list[str]]) -> "Figure":
     """Fig. 7: pictures with their true caption and those of the models."""
     texts = []
-    for row in rows:
-        named = {"true": data[row]["captions"][0], **{name.upper(): texts[row] for name, texts in captions.items()}}
+    for row, true in enumerate(data["captions"]):
+        named = {"true": true[0], **{name.upper(): given[row] for name, given in captions.items()}}
         lines = [textwrap.wrap(f"{name}: {text}", 44, subsequent_indent="      ") for name, text in named.items()]
         texts.append("\n".join(line for wrapped in lines for line in wrapped))
-    return plot_pictures([data[row]["image"] for row in rows], texts, columns=2)
+    return plot_pictures(data["image"], texts, columns=2)
 
 
 def plot_drafts(model: TDDForCaptioning, processor: TDDProcessor, images: Sequence[Image.Image]) -> "Figure":
@@ -184,14 +184,17 @@ def run_loop(model: TDDForCaptioning, processor: TDDProcessor, image: Image.Imag
 
 
 def write_caption_figures(
-    elements: Sequence[str], data: "Dataset", captions: dict[str, list[str]], tdd: Path, report_dir: Path
+    elements: Sequence[str], data: "Dataset", checkpoints: dict[str, Path], report_dir: Path
 ) -> None:
-    """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random."""
-    rows = example_rows(data)
-    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner(tdd))
+    """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random. The drafts are those of
+    the last checkpoint."""
+    data = data.select(example_rows(data))
+    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner([*checkpoints.values()][-1]))
     if "fig7" in elements:
-        save_figure(plot_examples(data, captions, rows), report_dir / "fig7")
+        captions = caption_images(data, {name: [folder] for name, folder in checkpoints.items()})
+        first = {name: versions[0] for name, versions in captions.items()}
+        save_figure(plot_examples(data, first), report_dir / "fig7")
     if "fig9" in elements:
-        save_figure(plot_drafts(model, processor, [data[row]["image"] for row in rows[:3]]), report_dir / "fig9")
+        save_figure(plot_drafts(model, processor, data[:3]["image"]), report_dir / "fig9")
     if "fig10" in elements:
-        save_figure(plot_tokens(model, processor, data[rows[0]]["image"]), report_dir / "fig10")
+        save_figure(plot_tokens(model, processor, data[0]["image"]), report_dir / "fig10")
