@@ -89,7 +89,7 @@ class CaptionSetting:
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cifar10": {
         "frozen": Setting(
-            "CIFAR-10, frozen encoder", "cifar10/frozen.yaml", 3, 1.3, ALL, mdd=("training.learning_rate=2.0e-3",)
+            "CIFAR-10, frozen encoder", "cifar10/frozen.yaml", 5, 1.3, ALL, mdd=("training.learning_rate=2.0e-3",)
         ),
         "scratch": Setting(
             "a tenth of CIFAR-10, from scratch", "cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")
@@ -97,7 +97,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "frozen_10": Setting(
             "a tenth of CIFAR-10, frozen encoder",
             "cifar10/frozen_10.yaml",
-            3,
+            5,
             0.7,
             SHORT,
             mdd=("training.learning_rate=2.0e-3",),
@@ -105,7 +105,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "frozen_1": Setting(
             "a hundredth of CIFAR-10, frozen encoder",
             "cifar10/frozen_1.yaml",
-            3,
+            5,
             0.5,
             SHORT,
             mdd=("training.learning_rate=2.0e-3",),
@@ -114,7 +114,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "frozen_larger": Setting(
             "CIFAR-10, larger frozen encoder",
             "cifar10/frozen_larger.yaml",
-            3,
+            5,
             1.3,
             ("mdd",),
             mdd=("training.learning_rate=2.0e-3",),
