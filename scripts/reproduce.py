@@ -97,16 +97,18 @@ def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> Non
         return
     if args.data == "stamps":
         prepare_stamps(DATA / args.data, DATA / "splits" / args.data)
-    recipe = load_recipe(RECIPES / setting.recipe, [*setting.overrides])
+    recipe = load_recipe(RECIPES / setting.recipe)
     for method, seed in missing:
-        run(recipe, method, seed, runs[method, seed], restart=False)
+        tuned = load_recipe(RECIPES / setting.recipe, [*setting.mdd]) if method == "mdd" else recipe
+        run(tuned, method, seed, runs[method, seed], restart=False)
     folders = {name: [folder for (method, _), folder in runs.items() if method == name] for name in setting.methods}
     folders |= {name: [Path(folder)] for name, folder in setting.others.items()}
     splits = load_captions(recipe.data)
     if "table3" in elements:
         captions = {split: caption_images(splits[split], folders) for split in setting.splits}
         results = {split: score_captions(splits[split], captions[split], setting.clip) for split in captions}
-        about: dict[str, Any] = {"recipe": " ".join([setting.recipe, *setting.overrides]), "CLIP": setting.clip}
+        about: dict[str, Any] = {"recipe": setting.recipe, "recipe of MDD": " ".join([setting.recipe, *setting.mdd])}
+        about["CLIP"] = setting.clip
         if (quality := Path(setting.clip or "", "retrieval.json")).exists():
             about["retrieval of held-out pairs"] = json.loads(quality.read_text())
         command = f"python scripts/reproduce.py table3 --data {args.data}"

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from modeling_tdd import TDDForImageClassification
-from modeling_tdd.evaluation import load_metric, public_data
+from modeling_tdd.evaluation import caption_reports, load_metric, public_data
 from modeling_tdd.evaluation.caption_reports import score_captions, shuffled, write_table3
 from modeling_tdd.evaluation.claims import CAPTION_SETTINGS, SETTINGS, VARIANTS, Setting
 from modeling_tdd.evaluation.classifiers import describe_draws, describe_steps
@@ -178,6 +178,39 @@ def test_table3_has_the_papers_numbers_and_the_difference_of_the_methods(tmp_pat
     assert (tmp_path / "table3.json").exists() and (tmp_path / "table3.md").read_text() == report
     without = score_captions(rows, captions, None)
     assert "clip_score" not in without["mdd"] and without["tdd"]["token_f1"] == results["tdd"]["token_f1"]
+
+
+def test_figures_caption_the_pictures_that_they_show_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = SCRIPTS.parent / "checkpoints" / "emoji-captions"
+    colors = ["red", "green", "blue", "black", "white", "gray", "pink", "gold"]
+    rows = Dataset.from_dict(
+        {"image": squares(*colors), "captions": [[f"a {color} square"] for color in colors]},
+        features=Features({"image": ImageFeature(), "captions": Sequence(Value("string"))}),
+    )
+    texts, captioned, original = [], [], caption_reports.caption_images
+
+    def plot_pictures(images: list[Image.Image], lines: list[str], columns: int) -> str:
+        texts.append(lines)
+        return "figure"
+
+    def caption_images(data: Dataset, checkpoints: dict[str, list[Path]]) -> dict[str, list[list[str]]]:
+        captioned.append(len(data))
+        return original(data, checkpoints)
+
+    monkeypatch.setattr(caption_reports, "caption_images", caption_images)
+    monkeypatch.setattr(caption_reports, "plot_pictures", plot_pictures)
+    monkeypatch.setattr(caption_reports, "save_figure", lambda figure, file: file.with_suffix(".png").touch())
+    caption_reports.write_caption_figures(["fig9", "fig10"], rows, {"tdd": shipped}, tmp_path)
+    assert captioned == [] and [len(lines) for lines in texts] == [3]
+    assert all(text.count("t = ") == 10 for text in texts[0])
+    caption_reports.write_caption_figures(["fig7"], rows, {"mdd": shipped, "tdd": shipped}, tmp_path)
+    assert captioned == [6] and [text.splitlines()[0] for text in texts[1]] == [
+        f"true: a {colors[row]} square" for row in caption_reports.example_rows(rows)
+    ]
+    assert all("MDD: " in text and "TDD: " in text for text in texts[1])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fig10.png", "fig7.png", "fig9.png"]
 
 
 def write_pictures(folder: Path, num_train: int = 40, num_test: int = 10) -> None:
@@ -403,7 +436,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--data", "emoji", "--plan"])
     reproduce.main()
-    assert "6 captioners, 6 missing: about 54 minutes." in capsys.readouterr().out
+    assert "6 captioners, 6 missing: about 120 minutes." in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--data", "emoji"])
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
@@ -415,7 +448,7 @@ def test_captions_have_a_plan_and_elements_of_their_own(
 
 def test_every_recipe_of_the_reproduction_is_valid() -> None:
     for setting in CAPTION_SETTINGS.values():
-        recipe = load_recipe(SCRIPTS / "recipes" / setting.recipe, setting.overrides)
+        recipe = load_recipe(SCRIPTS / "recipes" / setting.recipe, list(setting.mdd))
         assert set(setting.splits) <= set(recipe.data.eval_splits) and set(setting.methods) <= set(methods_of(recipe))
     for settings in SETTINGS.values():
         for setting in settings.values():

@@ -93,7 +93,7 @@ def test_learning_rates_of_the_recipes(arguments: Callable):
             "emoji_distill": 5e-4,
             "emoji_encoder": 2e-3,
             "emoji_encoder_full": 2e-3,
-            "emoji_full": 2e-3,
+            "emoji_full": 8e-3,
             "emoji_subgroups": 1e-3,
             "finetune": 1e-4,
             "finetune_captions": 1e-4,

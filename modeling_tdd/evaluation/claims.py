@@ -67,9 +67,9 @@ ALL, PAPERS, SHORT = tuple(VARIANTS), tuple(VARIANTS)[:5], ("mdd", "tdd", "no_si
 
 @dataclass(frozen=True)
 class CaptionSetting:
-    """Captioners to compare: the recipe that trains them, with `overrides`, the splits to caption, and a CLIP by
-    folder or id. `minutes` is the time of one training. `others` are checkpoints that need no training. The drafts of
-    Figs. 9 and 10 are those of the last one, or of the last method."""
+    """Captioners to compare: the recipe that trains them, the splits to caption, and a CLIP by folder or id. `minutes`
+    is the time of one training. `others` are checkpoints that need no training. The drafts of Figs. 9 and 10 are those
+    of the last one, or of the last method."""
 
     recipe: str  # in scripts/recipes
     splits: tuple[str, ...]
@@ -77,7 +77,7 @@ class CaptionSetting:
     minutes: float
     num_seeds: int = 3
     methods: tuple[str, ...] = ("mdd", "tdd")
-    overrides: tuple[str, ...] = ()
+    mdd: tuple[str, ...] = ()  # what MDD's own tuning changed
     others: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -165,8 +165,8 @@ CAPTION_SETTINGS = {
         "emoji_full.yaml",
         ("validation", "test_combo"),
         "outputs/emoji_clip",
-        9,
-        overrides=("training.num_train_epochs=8",),
+        20,
+        mdd=("training.base_learning_rate=1.6e-2",),
         others={"shipped": "checkpoints/emoji-captions"},
     ),
     "stamps": CaptionSetting("stamps.yaml", ("validation", "test"), None, 1, methods=("ar", "mdd", "tdd")),
