@@ -107,14 +107,12 @@ def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> Non
     if "table3" in elements:
         captions = {split: caption_images(splits[split], folders) for split in setting.splits}
         results = {split: score_captions(splits[split], captions[split], setting.clip) for split in captions}
-        about: dict[str, Any] = {"recipe": setting.recipe, "recipe of MDD": " ".join([setting.recipe, *setting.mdd])}
-        about["CLIP"] = setting.clip
+        about: dict[str, Any] = {"recipe": setting.recipe, "tuning of MDD": setting.mdd, "CLIP": setting.clip}
         if (quality := Path(setting.clip or "", "retrieval.json")).exists():
             about["retrieval of held-out pairs"] = json.loads(quality.read_text())
         command = f"python scripts/reproduce.py table3 --data {args.data}"
         print(write_table3(results, about, command, report_dir))
-    first = {name: versions[0] for name, versions in folders.items()}
-    write_caption_figures(elements, splits[setting.splits[-1]], first, report_dir)
+    write_caption_figures(elements, splits[setting.splits[-1]], folders, report_dir)
 
 
 def main() -> None:

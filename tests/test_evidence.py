@@ -202,10 +202,10 @@ def test_figures_caption_the_pictures_that_they_show_and_no_others(
     monkeypatch.setattr(caption_reports, "caption_images", caption_images)
     monkeypatch.setattr(caption_reports, "plot_pictures", plot_pictures)
     monkeypatch.setattr(caption_reports, "save_figure", lambda figure, file: file.with_suffix(".png").touch())
-    caption_reports.write_caption_figures(["fig9", "fig10"], rows, {"tdd": shipped}, tmp_path)
+    caption_reports.write_caption_figures(["fig9", "fig10"], rows, {"tdd": [shipped]}, tmp_path)
     assert captioned == [] and [len(lines) for lines in texts] == [3]
     assert all(text.count("t = ") == 10 for text in texts[0])
-    caption_reports.write_caption_figures(["fig7"], rows, {"mdd": shipped, "tdd": shipped}, tmp_path)
+    caption_reports.write_caption_figures(["fig7"], rows, {"mdd": [shipped], "tdd": [shipped]}, tmp_path)
     assert captioned == [6] and [text.splitlines()[0] for text in texts[1]] == [
         f"true: a {colors[row]} square" for row in caption_reports.example_rows(rows)
     ]

@@ -184,14 +184,14 @@ def run_loop(model: TDDForCaptioning, processor: TDDProcessor, image: Image.Imag
 
 
 def write_caption_figures(
-    elements: Sequence[str], data: "Dataset", checkpoints: dict[str, Path], report_dir: Path
+    elements: Sequence[str], data: "Dataset", checkpoints: dict[str, list[Path]], report_dir: Path
 ) -> None:
-    """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random. The drafts are those of
-    the last checkpoint."""
+    """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random and the first checkpoint
+    of each name. The drafts are those of the last name."""
     data = data.select(example_rows(data))
-    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner([*checkpoints.values()][-1]))
+    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner([*checkpoints.values()][-1][0]))
     if "fig7" in elements:
-        captions = caption_images(data, {name: [folder] for name, folder in checkpoints.items()})
+        captions = caption_images(data, {name: folders[:1] for name, folders in checkpoints.items()})
         first = {name: versions[0] for name, versions in captions.items()}
         save_figure(plot_examples(data, first), report_dir / "fig7")
     if "fig9" in elements:
