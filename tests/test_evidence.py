@@ -202,6 +202,7 @@ def test_figures_caption_the_pictures_that_they_show_and_no_others(
     monkeypatch.setattr(caption_reports, "caption_images", caption_images)
     monkeypatch.setattr(caption_reports, "plot_pictures", plot_pictures)
     monkeypatch.setattr(caption_reports, "save_figure", lambda figure, file: file.with_suffix(".png").touch())
+    caption_reports.write_caption_figures(["table3"], rows, {"tdd": [tmp_path / "missing"]}, tmp_path)  # loads nothing
     caption_reports.write_caption_figures(["fig9", "fig10"], rows, {"tdd": [shipped]}, tmp_path)
     assert captioned == [] and [len(lines) for lines in texts] == [3]
     assert all(text.count("t = ") == 10 for text in texts[0])

@@ -189,11 +189,13 @@ def write_caption_figures(
     """Writes those of `fig7`, `fig9` and `fig10` that are wanted, of pictures drawn at random and the first checkpoint
     of each name. The drafts are those of the last name."""
     data = data.select(example_rows(data))
-    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner([*checkpoints.values()][-1][0]))
     if "fig7" in elements:
         captions = caption_images(data, {name: folders[:1] for name, folders in checkpoints.items()})
         first = {name: versions[0] for name, versions in captions.items()}
         save_figure(plot_examples(data, first), report_dir / "fig7")
+    if not {"fig9", "fig10"} & {*elements}:
+        return
+    model, processor = cast(tuple[TDDForCaptioning, TDDProcessor], load_captioner([*checkpoints.values()][-1][0]))
     if "fig9" in elements:
         save_figure(plot_drafts(model, processor, data[:3]["image"]), report_dir / "fig9")
     if "fig10" in elements:
