@@ -3,18 +3,21 @@
 #
 #   scripts/gpu_check.sh          # on a GPU; several cores help
 #   scripts/gpu_check.sh --small  # the same parts at their smallest on a CPU, to try this script
+#   scripts/gpu_check.sh loops train  # only these parts, also after --small
 #
 # Each part has a deadline, and no part stops another. When a part ends it leaves PART.log, PART.status and, where it
 # measured something, PART.json in $OUT, by default outputs/gpu_check. The exit status says whether all have passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 export OUT=${OUT:-outputs/gpu_check} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} NCCL_DEBUG=VERSION
-export SMALL="" DEVICE=cuda EPOCHS=15 FLOOR=0.85 BENCHMARK="" PROCESSES=1 PATIENCE=1
+export SMALL="" DEVICE=cuda EPOCHS=15 FLOOR=0.85 BENCHMARK=${BENCHMARK:-} PROCESSES=1 PATIENCE=${PATIENCE:-1}
 export FSDP="accelerate.commands.launch --config_file scripts/accelerate/fsdp2_8gpu.yaml --num_processes 1"
 if [ "${1:-}" = --small ]; then  # FSDP's configuration is for GPUs alone; a slow machine may take its time
   SMALL=--small DEVICE=cpu EPOCHS=1 FLOOR=0.05 BENCHMARK="--batch-sizes 1 --repeats 1" PROCESSES=2 PATIENCE=10
   FSDP="torch.distributed.run --standalone --nproc_per_node 2"
+  shift
 fi
+PARTS=$*
 mkdir -p "$OUT"
 export WORK; WORK=$(mktemp -d); trap 'rm -rf "$WORK"' EXIT
 
@@ -55,6 +58,7 @@ shard() {
 
 # part NAME SECONDS COMMAND: runs a command, writes what it prints to NAME.log, and how it ended to NAME.status
 part() {
+  [[ -z $PARTS || " $PARTS " == *" $1 "* ]] || return 0
   local start=$SECONDS status=passed
   rm -f "$OUT/$1".{json,md}; echo "did not end" > "$OUT/$1.status"
   timeout --kill-after=5 $(($2 * PATIENCE)) bash -o pipefail -c "$3" > "$OUT/$1.log" 2>&1 || status="failed ($?)"

@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 def train(training: Training, recipes: Path) -> None:
     run(training.recipe(recipes), training.method, training.seed, training.folder, restart=False)
+    evaluate_trainings([training], recipes)
 
 
 def say_plan(trainings: Sequence[Training], jobs: int) -> list[Training]:
@@ -80,7 +81,7 @@ def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> 
     else:
         for training in missing:
             train(training, RECIPES)
-    evaluate_trainings(trainings, RECIPES)
+    evaluate_trainings(trainings, RECIPES)  # what a stop left without
     if "robustness" in elements:
         evaluate_corrupted(trainings, RECIPES)
     for element in elements:

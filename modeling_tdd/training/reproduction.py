@@ -125,6 +125,7 @@ def evaluate_corrupted(trainings: Iterable[Training], recipes: Path) -> None:
 
 def _load(folder: str | Path, has_features: bool) -> TDDForImageClassification:
     model = TDDForImageClassification.from_pretrained(folder).eval()
+    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if has_features:
         read_features(model)
     return model
@@ -154,6 +155,7 @@ def _corrupted_batches(recipe: Recipe, encoder: TDDForImageClassification | None
                 for i in range(0, len(seen), 100)
             ]
             if encoder is not None:
-                pixels = [encoder.model.get_image_features(x, return_dict=True).pooler_output for x in pixels]
+                pixels = [x.to(encoder.device) for x in pixels]
+                pixels = [encoder.model.get_image_features(x, return_dict=True).pooler_output.cpu() for x in pixels]
             batches[name, severity] = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels.split(100))]
     return batches
