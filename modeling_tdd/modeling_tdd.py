@@ -37,6 +37,7 @@ from .sampling_tdd import (
     DenoisingFunction,
     RandomNumbers,
     apply_guidance,
+    clone_all,
     compile_denoising_step,
     denoise,
     denoising_step,
@@ -747,12 +748,14 @@ class TDDForImageClassification(TDDPreTrainedModel):
             logits = latest if len(step.rows) == num_rows else logits.index_copy(0, step.rows, latest)
             if output_trajectory:
                 trajectory.append(average_samples(logits, num_noise_samples).softmax(-1))
-        # 3. The last step's logits are the answer
+        # 3. The last step's logits are the answer. Copies, since a compiled step returns memory that it uses again
+        last = (average_samples(logits, num_noise_samples), network.hidden_states, network.attentions)
+        logits, hidden_states, attentions = clone_all(last)
         return TDDImageClassifierOutput(
-            logits=average_samples(logits, num_noise_samples),
+            logits=logits,
             trajectory=torch.stack(trajectory, dim=1) if output_trajectory else None,
-            hidden_states=network.hidden_states,
-            attentions=network.attentions,
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
 
 

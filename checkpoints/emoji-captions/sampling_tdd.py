@@ -268,7 +268,7 @@ def compile_denoising_step(**kwargs: Any) -> DenoisingFunction:
             return denoising_step(network, sampler, state, inputs, process_logits, is_partial)
         torch.compiler.cudagraph_mark_step_begin()
         logits, prediction, state = compiled(network, sampler, state, inputs)
-        # The next run of a CUDA graph overwrites what this one returned
+        # The next run of a CUDA graph overwrites what this one returned. Logits are many: who keeps them copies them
         return logits, *clone_all((prediction, state))
 
     return step
