@@ -119,7 +119,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             ("mdd",),
             mdd=("training.learning_rate=2.0e-3",),
         ),
-        "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 10, PAPERS, budget="gpu"),
+        "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 2.5, PAPERS, budget="gpu"),
     },
     "fashion_mnist": {
         "scratch": Setting(
