@@ -76,14 +76,12 @@ def plan_trainings(elements: Sequence[str], data: str, settings: Sequence[str], 
 
 def evaluate_trainings(trainings: Iterable[Training], recipes: Path) -> None:
     """Writes `evaluation.json` of each finished training that lacks it, of its last and of its best epoch."""
-    last_key, batches = None, []
     for training in trainings:
         file = training.folder / "evaluation.json"
         if file.exists() or not training.is_done:
             continue
         recipe = training.recipe(recipes)
-        if (key := json.dumps([recipe.to_dict()["data"], recipe.encoder])) != last_key:  # the data are read once
-            last_key, batches = key, list(_test_batches(training, recipe))
+        batches = list(_test_batches(training, recipe))
         training_folder = training.folder.with_name(f"{training.folder.name}-training")
         report: dict[str, Any] = {}
         for name, folder in (("best", training.folder), ("last", last_complete_checkpoint(training_folder))):
@@ -155,7 +153,6 @@ def _corrupted_batches(recipe: Recipe, encoder: TDDForImageClassification | None
                 for i in range(0, len(seen), 100)
             ]
             if encoder is not None:
-                pixels = [x.to(encoder.device) for x in pixels]
-                pixels = [encoder.model.get_image_features(x, return_dict=True).pooler_output.cpu() for x in pixels]
+                pixels = [encoder.model.get_image_features(x.to(encoder.device)).pooler_output.cpu() for x in pixels]
             batches[name, severity] = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels.split(100))]
     return batches
