@@ -5,10 +5,10 @@
     python scripts/reproduce.py table1 --data imagenet --budget gpu --plan
 
 It first says what it will train and how long that takes on one core or one GPU. Stopped, the same command goes on.
-Reports are JSON, Markdown, PNG and SVG in docs/results/reproduce/<data>. `calibration` and `robustness` are not in the
-paper. Pictures of cifar10, fashion_mnist and stamps are read from scripts/data/<data>, see `prepare_splits`, or, but
-for stamps, loaded from the Hub. Needed before: for cifar10 and stamps the encoder of `scripts/import_encoder.py`, for
-emoji `scripts/train_clip.py` and the recipe `emoji_encoder_full.yaml`.
+Reports are JSON, Markdown, PNG and SVG in docs/results/reproduce/<data>, for `--budget gpu` in <data>_gpu; some are
+not of the paper. Pictures of cifar10, fashion_mnist and stamps are read from scripts/data/<data>, see
+`prepare_splits`, or, but for stamps, loaded from the Hub. Needed before: for cifar10 and stamps the encoder of
+`scripts/import_encoder.py`, for emoji `scripts/train_clip.py` and the recipe `emoji_encoder_full.yaml`.
 """
 
 import argparse
@@ -84,9 +84,9 @@ def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> 
     evaluate_trainings(trainings, RECIPES)  # what a stop left without
     if "robustness" in elements:
         evaluate_corrupted(trainings, RECIPES)
+    report_dir = args.report_dir / (args.data if args.budget == "cpu" else f"{args.data}_gpu")
     for element in elements:
-        folders = [training.folder for training in trainings]
-        print(write_classifier_report(element, args.data, folders, args.report_dir / args.data))
+        print(write_classifier_report(element, args.data, [training.folder for training in trainings], report_dir))
 
 
 def reproduce_captions(args: argparse.Namespace, elements: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import gzip
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,8 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
     with pytest.raises(KeyboardInterrupt):
         reproduce.main()
     assert "4 trainings, of which 4 are missing: about 0 minutes." in capsys.readouterr().out
+    evaluated = [path.parent.name for path in sorted((tiny / "outputs/reproduce/cifar10").glob("*/evaluation.json"))]
+    assert evaluated == ["tiny-mdd-seed0", "tiny-tdd-seed0"]  # each as soon as it was trained
     reproduce.main()
     runs = ["tiny-mdd-seed0", "tiny-tdd-seed0", "tiny-mdd-seed1", "tiny-tdd-seed1"]
     assert trained == [*runs[:3], *runs[2:]]
@@ -417,6 +420,15 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
     assert [len(evaluations["tiny"][variant]) for variant in ("mdd", "tdd")] == [2, 2]
     assert len(evaluations["tiny"]["tdd"][0]["epochs"]["eval_top1"]) == 2
     assert len(evaluations["tiny"]["tdd"][0]["corrupted"]["blur"]) == 6
+
+    # Another budget has reports of its own
+    before = (folder / "table1.md").read_text()
+    monkeypatch.setitem(SETTINGS, "cifar10", {"tiny": replace(SETTINGS["cifar10"]["tiny"], budget="gpu")})
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--budget", "gpu"])
+    reproduce.main()
+    assert (folder / "table1.md").read_text() == before and "--budget" not in before
+    report = folder.with_name("cifar10_gpu") / "table1.md"
+    assert "`python scripts/reproduce.py table1 --data cifar10 --budget gpu`" in report.read_text()
 
 
 def test_plans_differ_by_element_and_refuse_nothing_silently(tiny: Path) -> None:

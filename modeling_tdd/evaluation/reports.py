@@ -233,6 +233,7 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
         setting: {name: variants[name] for name in names if name in variants}
         for setting, variants in read_evaluations(folders).items()
     }
+    budget = " --budget gpu" if any(SETTINGS[data][setting].budget == "gpu" for setting in evaluations) else ""
     evaluations = {SETTINGS[data][setting].title: variants for setting, variants in evaluations.items() if variants}
     if not evaluations:
         raise ValueError(f"There is no evaluated training for {element} on {data}.")
@@ -245,7 +246,7 @@ def write_classifier_report(element: str, data: str, folders: Iterable[Path], re
         header, rows = figure_table(panels)
         labels = [variant.label for variant in VARIANTS.values()]
         save_figure(plot_panels(panels, labels), report_dir / element)
-    command = f"python scripts/reproduce.py {element} --data {data}"
+    command = f"python scripts/reproduce.py {element} --data {data}{budget}"
     report = f"# {element} on {data}\n\nTop-1 in %. `{command}`\n\n{markdown_table(header, rows)}\n"
     if panels:
         report += f"\n![{element}]({element}.png)\n"
