@@ -17,7 +17,10 @@ if [ "${1:-}" = --small ]; then  # FSDP's configuration is for GPUs alone; a slo
   FSDP="torch.distributed.run --standalone --nproc_per_node 2"
   shift
 fi
-PARTS=$*
+PARTS=$* ALL="captions labels bf16 fp16 distributed sharded loops classify caption train"
+for name in $PARTS; do
+  [[ " $ALL " == *" $name "* ]] || { echo "There is no part $name. There are: $ALL" >&2; exit 2; }
+done
 mkdir -p "$OUT"
 export WORK; WORK=$(mktemp -d); trap 'rm -rf "$WORK"' EXIT
 

@@ -26,6 +26,21 @@ def test_the_script_parses_and_its_deadlines_fit_into_eight_minutes() -> None:
     assert max(beside.values()) + int(alone["loops"]) + len(names) * int(alone["$benchmark"]) <= MOST_SECONDS
 
 
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run([SCRIPT, "--small", "loop"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+    assert done.stderr == f"There is no part loop. There are: {' '.join([*SIDE_BY_SIDE, *ONE_BY_ONE])}\n"
+
+
+@pytest.mark.slow
+def test_a_named_part_runs_alone(tmp_path: Path) -> None:
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run([SCRIPT, "--small", "labels"], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert {file.stem for file in tmp_path.glob("*.status")} == {"labels"}
+
+
 @pytest.mark.slow
 def test_every_part_passes_in_the_small_form(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path)}
