@@ -13,11 +13,13 @@ not of the paper. Pictures of cifar10, fashion_mnist and stamps are read from sc
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from train import run
@@ -55,6 +57,16 @@ def train(training: Training, recipes: Path) -> None:
     evaluate_trainings([training], recipes)
 
 
+def end_with_parent() -> None:
+    """Ends this worker as soon as the program is gone: its training would go on, beside that of the next command."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def say_plan(trainings: Sequence[Training], jobs: int) -> list[Training]:
     """Prints which trainings are missing and how long they take, and returns them."""
     missing = [training for training in trainings if not training.is_done]
@@ -76,7 +88,7 @@ def reproduce_classifiers(args: argparse.Namespace, elements: Sequence[str]) -> 
     if args.data in HUB_NAMES:
         prepare_splits(args.data, DATA / args.data, DATA / "splits" / args.data)
     if args.jobs > 1:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), end_with_parent) as pool:
             list(pool.map(partial(train, recipes=RECIPES), missing))
     else:
         for training in missing:

@@ -35,7 +35,7 @@ from modeling_tdd.training.tokenization import train_tokenizer
 
 
 END = "<|endoftext|>"
-LENGTH = 32  # tokens of a caption at most
+LENGTH, SIZE = 32, 40  # tokens of a caption at most, and height and width of the images in pixels
 TOWER = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 256}
 
 
@@ -43,11 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of parquet files")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--epochs", type=float, default=30)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--size", type=int, default=40, help="height and width of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=12, help="default: %(default)s")
     return parser.parse_args()
 
 
@@ -61,28 +57,22 @@ def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, size: int) -> CLIPModel:
-    text = CLIPTextConfig(
-        **TOWER,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=LENGTH,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    vision = CLIPVisionConfig(**TOWER, image_size=size, patch_size=8)
+def make_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    text = CLIPTextConfig(**TOWER, vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **tokens)
+    vision = CLIPVisionConfig(**TOWER, image_size=SIZE, patch_size=8)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
 
 
 class Collator:
     """Makes batches of tokens and of randomly cropped pictures, which were read once."""
 
-    def __init__(self, rows: Dataset, processor: ViTImageProcessor, size: int, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, rows: Dataset, processor: ViTImageProcessor, tokenizer: PreTrainedTokenizerFast):
         self.pixels = [torch.from_numpy(v2.functional.pil_to_tensor(to_rgb(image)).numpy()) for image in rows["image"]]
         self.tokens = tokenizer(list(rows["caption"]), truncation=True)["input_ids"]
         self.tokenizer = tokenizer
         normalize = v2.Normalize(processor.image_mean, processor.image_std)
-        crop = v2.RandomResizedCrop((size, size), scale=(0.6, 1.0), ratio=(0.85, 1.18), antialias=True)
+        crop = v2.RandomResizedCrop((SIZE, SIZE), scale=(0.6, 1.0), ratio=(0.85, 1.18), antialias=True)
         self.transform = v2.Compose([crop, v2.ToDtype(torch.float32, scale=True), normalize])
 
     def __call__(self, indices: list[int]) -> dict[str, Any]:
@@ -93,24 +83,22 @@ class Collator:
 
 def main() -> None:
     args = parse_args()
-    splits = {
-        file.stem: load_dataset("parquet", data_files=str(file))["train"] for file in args.data.glob("*.parquet")
-    }
+    files = args.data.glob("*.parquet")
+    splits = {file.stem: load_dataset("parquet", data_files=str(file))["train"] for file in files}
     train = splits.pop("train")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     tokenizer = make_tokenizer(list(train["caption"]))
-    size = {"height": args.size, "width": args.size}
-    processor = ViTImageProcessor(size=size, resample=3, do_convert_rgb=True)
-    model = make_model(tokenizer, args.size)
+    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3, do_convert_rgb=True)
+    model = make_model(tokenizer)
     training = TrainingArguments(
         output_dir=f"{args.output_dir}-training",
         num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        per_device_train_batch_size=256,
+        learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.1,
-        seed=args.seed,
+        seed=0,
         save_strategy="no",
         logging_steps=50,
         report_to="none",
@@ -118,7 +106,7 @@ def main() -> None:
         dataloader_drop_last=True,
         use_cpu=not torch.accelerator.is_available(),
     )
-    collator = Collator(train, processor, args.size, tokenizer)
+    collator = Collator(train, processor, tokenizer)
     Trainer(model, training, train_dataset=range(len(train)), data_collator=collator).train()
     for part in (model, tokenizer, processor):
         part.save_pretrained(args.output_dir)

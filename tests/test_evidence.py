@@ -2,7 +2,11 @@
 """What the reports rest on: statistics, CLIP scores, public pictures, corruptions, and which trainings are missing."""
 
 import gzip
+import os
+import select
 import shutil
+import signal
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -105,7 +109,7 @@ def clip(tmp_path: Path, scripts: None) -> Path:
     from transformers import ViTImageProcessor
 
     tokenizer = make_tokenizer(["a red square", "a blue square", "green"])
-    parts = (make_model(tokenizer, 16), tokenizer, ViTImageProcessor(size={"height": 16, "width": 16}))
+    parts = (make_model(tokenizer), tokenizer, ViTImageProcessor(size={"height": 40, "width": 40}))
     for part in parts:
         part.save_pretrained(tmp_path / "clip")
     return tmp_path / "clip"
@@ -429,6 +433,31 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
     assert (folder / "table1.md").read_text() == before and "--budget" not in before
     report = folder.with_name("cifar10_gpu") / "table1.md"
     assert "`python scripts/reproduce.py table1 --data cifar10 --budget gpu`" in report.read_text()
+
+
+def test_trainings_side_by_side_end_with_the_program(tmp_path: Path) -> None:
+    """They once went on when the program was killed, beside those of the next command."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from reproduce import end_with_parent\n"
+        "def work(_):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(300)\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn'), end_with_parent) as pool:\n"
+        "        list(pool.map(work, [0]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}
+    with subprocess.Popen([sys.executable, program], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+        has_ended, _, _ = select.select([process.stdout], [], [], 30)  # the worker holds the other end of the pipe
+        if not has_ended:
+            os.kill(worker, signal.SIGKILL)
+    assert has_ended
 
 
 def test_plans_differ_by_element_and_refuse_nothing_silently(tiny: Path) -> None:
