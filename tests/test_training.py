@@ -99,7 +99,7 @@ def test_learning_rates_of_the_recipes(arguments: Callable):
             "finetune_captions": 1e-4,
             "imagenet_vit_b16": 1.6e-3,
             "imagenet_vl_enriched": 3e-4,
-            "paper_captions": 2e-3,
+            "paper_captions": 4e-3,
             "stamps": 1e-3,
         }
     )
