@@ -81,6 +81,8 @@ beside distributed 200 "$distributed"
 beside sharded 200 shard
 wait
 # One by one, since they are timed
+[ $DEVICE = cpu ] || others=$(nvidia-smi --query-compute-apps=pid,name --format=csv,noheader)
+[ -z "${others:-}" ] || echo "The GPU is not idle, and times are too long. It runs: $others" | tee "$OUT/others.txt"
 part loops 60 "python scripts/gpu_check.py loops --output $OUT/loops.json $SMALL"
 for benchmark in classify caption train; do
   part $benchmark 65 "python scripts/benchmark.py $benchmark $BENCHMARK --output $OUT"
