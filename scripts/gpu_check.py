@@ -103,7 +103,7 @@ def check_loop(run: Callable[..., Tensor], device: torch.device) -> Result:
 
 def check_loops(device: torch.device, compiler: dict[str, Any], num_images: int) -> Checks:
     for name in ("digits", "emoji-captions"):
-        model, pixels = load(name, min(num_images, 32))
+        model, pixels = load(name, min(num_images, 32))  # one batch
         run = partial(predict, model.to(device), pixels)
         yield f"{name}, eager", partial(check_loop, run, device)
         model.compile_denoising(**compiler)

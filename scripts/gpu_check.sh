@@ -4,6 +4,7 @@
 #   scripts/gpu_check.sh          # on a GPU; several cores help
 #   scripts/gpu_check.sh --small  # the same parts at their smallest on a CPU, to try this script
 #   scripts/gpu_check.sh loops train  # only these parts, also after --small
+#   BENCHMARK=--compile PATIENCE=2 scripts/gpu_check.sh  # compiled steps are timed too, and deadlines are twice as long
 #
 # Each part has a deadline, and no part stops another. When a part ends it leaves PART.log, PART.status and, where it
 # measured something, PART.json in $OUT, by default outputs/gpu_check. The exit status says whether all have passed.
@@ -81,6 +82,7 @@ beside distributed 200 "$distributed"
 beside sharded 200 shard
 wait
 # One by one, since they are timed
+rm -f "$OUT/others.txt"
 [ $DEVICE = cpu ] || others=$(nvidia-smi --query-compute-apps=pid,name --format=csv,noheader)
 [ -z "${others:-}" ] || echo "The GPU is not idle, and times are too long. It runs: $others" | tee "$OUT/others.txt"
 part loops 60 "python scripts/gpu_check.py loops --output $OUT/loops.json $SMALL"
