@@ -94,6 +94,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "scratch": Setting(
             "a tenth of CIFAR-10, from scratch", "cifar10/scratch.yaml", 3, 3.0, ("mdd", "tdd", "no_coefficient")
         ),
+        "scratch_all": Setting(
+            "CIFAR-10, from scratch", "cifar10/scratch_all.yaml", 3, 20.0, ("mdd", "tdd", "no_coefficient")
+        ),
         "frozen_10": Setting(
             "a tenth of CIFAR-10, frozen encoder",
             "cifar10/frozen_10.yaml",
@@ -119,7 +122,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             ("mdd",),
             mdd=("training.learning_rate=2.0e-3",),
         ),
-        "full": Setting("CIFAR-10, from scratch", "cifar10/full.yaml", 3, 2.5, PAPERS, budget="gpu"),
+        "full": Setting("CIFAR-10, ResNet-18 from scratch", "cifar10/full.yaml", 3, 2.5, PAPERS, budget="gpu"),
     },
     "fashion_mnist": {
         "scratch": Setting(
