@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher-guidance", type=float, default=1.0, help="guidance scale; default: 1, none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>/student-seed<seed>")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as checkpoint=my_teacher")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="recipe settings")
     return parser.parse_args()
 
 

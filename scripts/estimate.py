@@ -58,7 +58,7 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--machine", choices=list(MACHINES), default="a100x8", help="default: the paper's, a100x8")
     how.add_argument("--measure", action="store_true", help="time steps on one device of this machine, in float32")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.batch_size=512")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="recipe settings")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, args.set)
     model = make_model(recipe, args.recipe.parent)

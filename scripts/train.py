@@ -36,9 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
     parser.add_argument("--output-dir", type=Path, help="default: outputs/<name of the recipe>")
     parser.add_argument("--restart", action="store_true", help="start unfinished runs anew, without their checkpoints")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.num_train_epochs=5"
-    )
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="recipe settings")
     return parser.parse_args()
 
 

@@ -2,10 +2,14 @@
 """Shared fixtures: tiny configurations and models that run in milliseconds, and deterministic seeds."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is imported: no test may reach the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, for the reason below
+if "HF_DATASETS_CACHE" not in os.environ:  # the tests' data sets, which would fill the user's disk
+    datasets_cache = tempfile.TemporaryDirectory(prefix="datasets-", ignore_cleanup_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = datasets_cache.name  # the workers of pytest-xdist inherit it
 
 import sys
 from collections.abc import Callable

@@ -220,7 +220,7 @@ def test_values_out_of_range_are_refused_before_anything_runs(run_train: Callabl
         ("model.hidden_size=wide", "hidden_size"),
     ):
         with pytest.raises((ValueError, StrictDataclassError), match=field):
-            run_train("digits", "--set", change)
+            run_train("digits", "--set", change, "--set", "training.num_train_epochs=1")  # both count
     assert list(tmp_path.iterdir()) == []
 
 
