@@ -218,7 +218,8 @@ class TDDTokenEmbedding(nn.Embedding):
             return noise_factor(self.weight)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(self.embedding_dim, generator=generator).to(self.weight)
-        checksum = self.weight @ probe
+        with torch.autocast(self.weight.device.type, enabled=False):  # which would round small changes away
+            checksum = self.weight @ probe
         kept = self._kept_factor
         if kept is None or kept[0].device != checksum.device or not torch.equal(kept[0], checksum):
             self._kept_factor = kept = (checksum, noise_factor(self.weight))

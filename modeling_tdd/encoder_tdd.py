@@ -46,11 +46,6 @@ class EncoderLayout(NamedTuple):
     is_channels_last: bool
     patch_size: int | None
 
-    @property
-    def num_special_tokens(self) -> int:
-        """`int`: the tokens that are not patches."""
-        return self.num_leading_tokens + self.num_trailing_tokens
-
 
 class RemovedModule(nn.Module):
     """Stands for a part of an encoder whose result nothing reads. It has no weights and returns its first input."""

@@ -28,6 +28,7 @@ from .configuration_tdd import TDDConfig, check_steps
 from .fixed_tokens_tdd import (
     FixedTokens,
     choice_tokens,
+    completes_sequence,
     end_tokens,
     infilling_tokens,
     likeliest_alternatives,
@@ -37,6 +38,7 @@ from .fixed_tokens_tdd import (
 from .generation_configuration_tdd import SAMPLING_PARAMETERS, TDDGenerationConfig, drop_inert
 from .samplers_tdd import (
     ConfidenceSampler,
+    NoisyTokens,
     RenoiseSampler,
     Sampler,
     UniformSampler,
@@ -127,13 +129,13 @@ class TDDGenerationMixin:
     @property
     def generation_config(self) -> TDDGenerationConfig:
         """[`TDDGenerationConfig`]: what `generate` does where a call does not say. A dictionary or a plain
-        `GenerationConfig` becomes one, or is refused. A `max_length` of `None` becomes the model's number of places,
-        which `Seq2SeqTrainer` reads."""
+        `GenerationConfig` becomes one, or is refused. A copy is kept, in which a `max_length` of `None` becomes the
+        model's number of places, which `Seq2SeqTrainer` reads."""
         return self._generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | dict[str, Any]) -> None:
-        self._generation_config = TDDGenerationConfig.convert(value)
+        self._generation_config = copy(TDDGenerationConfig.convert(value))
         if self._generation_config.max_length is None:
             self._generation_config.max_length = self.config.max_position_embeddings
 
@@ -166,7 +168,8 @@ class TDDGenerationMixin:
         5. Pad what follows a caption's end
         6. With choices or candidates: score them, and keep the most probable
         ```
-        A row's caption depends neither on the other rows nor on global random state.
+        In eval mode a row's caption depends neither on the other rows nor on global random state; in training mode
+        dropout does.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
@@ -241,11 +244,13 @@ class TDDGenerationMixin:
         prefix = self.model.get_prefix(pixel_values, image_features)
         # 2. Fix tokens
         rows = len(prefix)
+        name = "input_ids" if decoder_input_ids is None else "decoder_input_ids"
         if choices is not None:
+            name = "choices"
             decoder_input_ids, decoder_attention_mask = choice_tokens(choices, choices_mask, rows, config)
             rows = len(decoder_input_ids)
         fixed = self._prepare_fixed_tokens(
-            config, rows, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+            config, rows, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, name
         ).to(prefix.device)
         output = TokenStreamer(streamer, fixed, config)
         # 3. Denoise
@@ -332,21 +337,21 @@ class TDDGenerationMixin:
     ) -> "StepRecorder":
         """One denoising loop around fixed tokens, which has one or several successive rows for each image. With
         `keep_first` the log-probabilities of the first step are kept, for alternatives."""
-        if fixed.mask.all():  # given captions: a step only finds their log-probabilities
-            config = copy(config)
-            config.num_inference_steps = 1
         numbers = self._random_numbers(config, images, len(fixed.tokens) // len(images), generator, prefix.device)
         recorder = StepRecorder(config.output_trajectory, keep_first=keep_first)
         processor = TokenLogitsProcessor(config, logits_processor, fixed)
+        scales = guidance_scales(config.guidance_schedule, config.guidance_scale, config.num_inference_steps)
+        is_given = fixed.mask.all(1)  # of these a step only finds the log-probabilities
         for step in denoise(
             self.make_network(prefix),
             self._make_sampler(config, prefix.device),
             numbers,
             fixed.known,
-            guidance_scales(config.guidance_schedule, config.guidance_scale, config.num_inference_steps),
+            scales[:1] if is_given.all() else scales,
             sampling_strategy="multinomial" if config.do_sample else "argmax",
             process_logits=processor if processor.has_effect else None,
             stability_threshold=config.stability_threshold,
+            given_rows=is_given if is_given.any() else None,
             keep_rows=bool(logits_processor),
             all_logits=config.return_dict_in_generate or config.output_trajectory or keep_first,
             step=self.denoising_step,
@@ -426,8 +431,10 @@ class TDDGenerationMixin:
         attention_mask: Tensor | None,
         decoder_input_ids: Tensor | None,
         decoder_attention_mask: Tensor | None,
+        name: str,
     ) -> FixedTokens:
-        """Checks prompt or infilling, and fixes padding behind the last place that each row may fill."""
+        """Checks prompt or infilling, and fixes padding behind the last place that each row may fill. `name` is the
+        argument that the tokens come from."""
         places = self.config.max_position_embeddings
         max_length = places if config.max_length is None else min(config.max_length, places)
         check_given(input_ids=input_ids, attention_mask=attention_mask)
@@ -448,11 +455,13 @@ class TDDGenerationMixin:
         if len(tokens) != batch_size:
             raise ValueError(f"There are {batch_size} images and {len(tokens)} rows of tokens.")
         if tokens.shape[1] > max_length:
-            raise ValueError(f"{tokens.shape[1]} given tokens do not fit the {max_length} places of a caption.")
+            raise ValueError(
+                f"`{name}`: {tokens.shape[1]} given tokens do not fit the {max_length} places of a caption."
+            )
         given = tokens[mask]
         if ((given < 0) | (given >= self.config.vocab_size)).any():
-            name = "input_ids" if decoder_input_ids is None else "decoder_input_ids"
             raise ValueError(f"`{name}` must be in [0, {self.config.vocab_size - 1}], got {given.tolist()}.")
+        tokens = tokens.masked_fill(~mask, config.pad_token_id)  # whatever stands there, nothing may read it
         row_length = (given_length + min(config.max_new_tokens or places, places)).clamp(max=max_length)
         missing = (0, places - tokens.shape[1])
         beyond = torch.arange(places, device=mask.device) >= row_length[:, None]
@@ -536,6 +545,7 @@ class TokenLogitsProcessor:
         self.before_content = before_content if before_content.any() else None
         self.given_processors: Any = LogitsProcessorList(logits_processor or [])
         self.processors: Any = LogitsProcessorList()
+        self.bad_sequences = [words for words in config.bad_words_ids or [] if len(words) > 1]
         if config.bad_words_ids is not None:
             self.processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids))
         self.penalties: Any = LogitsProcessorList()
@@ -571,6 +581,7 @@ class TokenLogitsProcessor:
             # Behind the end too: a later step may move the end, and what is unmasked (MDD) stays
             place_logits = self.given_processors(torch.cat([first, before], dim=1), logits[:, place])
             place_logits = self.processors(before, place_logits)
+            place_logits = self._forbid_before_final(place, before, place_logits, choose.state)
             # Behind the end stands padding, which is no repetition
             place_logits = torch.where(has_ended, place_logits, self.penalties(before, place_logits))
             processed.append(self.warpers(before, place_logits))
@@ -578,6 +589,20 @@ class TokenLogitsProcessor:
             before = torch.cat([before, token], dim=1)
             has_ended = has_ended | (token == self.end_tokens[0]) | (token == self.end_tokens[1])
         return torch.stack(processed, dim=1)
+
+    def _forbid_before_final(self, place: int, before: Tensor, logits: Tensor, state: NoisyTokens) -> Tensor:
+        """Forbids the tokens that would complete a bad sequence with final tokens behind the place. Transformers'
+        processor knows the tokens before it alone."""
+        if not self.bad_sequences:
+            return logits
+        tokens = torch.cat([before, state.tokens[:, place:]], dim=1)
+        is_known = torch.cat([torch.ones_like(before, dtype=torch.bool), state.is_final[:, place:]], dim=1)
+        for words in self.bad_sequences:
+            for index in range(len(words) - 1):
+                completes = completes_sequence(words, index, tokens, is_known)[:, place]
+                is_word = torch.arange(logits.shape[-1], device=logits.device) == words[index]
+                logits = logits.masked_fill(completes[:, None] & is_word, float("-inf"))
+        return logits
 
 
 class StepRecorder:

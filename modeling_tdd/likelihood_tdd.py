@@ -73,6 +73,7 @@ class TDDLikelihoodMixin:
                 Over how many draws of timesteps and noise the diffusion bound is averaged, the same for all captions.
             max_rows (`int`, *optional*, defaults to 256):
                 How many sequences a pass of the denoiser has at most: memory against speed. No score depends on it.
+                A pass of the diffusion bound has at least the `num_draws` of one caption.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, num_captions)`: the scores, in nats, the

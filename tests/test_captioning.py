@@ -507,6 +507,26 @@ def test_bad_labels(make_captioner: MakeCaptioner, pixel_values: Tensor, labels:
         make_captioner()(pixel_values, labels)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_another_number_of_captions_than_of_images_is_refused(
+    make_captioner: MakeCaptioner, pixel_values: Tensor, captions: Tensor, training: bool
+) -> None:
+    model = make_captioner().train(training)
+    for count in (1, 2, 8):
+        labels = captions.repeat(2, 1)[:count]
+        with pytest.raises(ValueError, match=f"`labels` must have a caption for each of the 4 images, got {count}"):
+            model(pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize("fields", [{}, {"timestep_sampling": "shared"}])
+def test_a_prediction_of_the_noise_captions(make_captioner: MakeCaptioner, pixel_values: Tensor, fields: dict) -> None:
+    """Whether logits are computed of all places or, without the output, of those that may change alone."""
+    model = make_captioner(prediction_type="epsilon", loss_weighting="none", **fields)
+    for call in ({}, {"guidance_scale": 2.0}, {"input_ids": torch.tensor([[5, 6]] * 4)}):
+        outputs = model.generate(pixel_values, return_dict_in_generate=True, **call)
+        assert torch.equal(model.generate(pixel_values, **call), outputs.sequences)
+
+
 @pytest.mark.parametrize("name", ["vocab_size", "pad_token_id", "eos_token_id"])
 def test_a_captioner_needs_its_tokens(make_captioner: MakeCaptioner, name: str) -> None:
     with pytest.raises(ValueError, match="needs `vocab_size`, `pad_token_id` and `eos_token_id`, got .*None"):

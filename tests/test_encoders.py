@@ -213,7 +213,9 @@ def reference_tokens(reference: nn.Module, encoder: Encoder, images: Tensor) -> 
 @torch.no_grad()
 def test_tokens_and_their_mean_are_the_encoders(make_config: MakeConfig, encoder: Encoder) -> None:
     model = TDDModel(make_config(vision_config=encoder.make(), pooling="mean")).eval()
-    assert (model.num_special_tokens, model.encoder_hidden_size) == (encoder.num_special_tokens, encoder.hidden_size)
+    layout = model.encoder_layout
+    assert layout.num_leading_tokens + layout.num_trailing_tokens == encoder.num_special_tokens
+    assert model.encoder_hidden_size == encoder.hidden_size
     images = images_for(encoder, 2)
     outputs = model.get_image_features(images)
     assert outputs.last_hidden_state.shape == (2, encoder.num_tokens, encoder.hidden_size)
@@ -254,7 +256,8 @@ def test_an_image_need_not_be_square(make_config: MakeConfig) -> None:
 def test_a_map_of_a_fixed_size_that_no_convolution_has() -> None:
     """Gemma 3n resizes its maps to 16 x 16, which is no halving of the 112 x 112 that it starts with."""
     layout = measure_encoder(transformers.Gemma3nVisionConfig()).layout
-    assert (layout.hidden_size, layout.is_channels_last, layout.num_special_tokens) == (2048, False, 0)
+    assert (layout.hidden_size, layout.is_channels_last) == (2048, False)
+    assert layout.num_leading_tokens == layout.num_trailing_tokens == 0
 
 
 class MapConfig(PreTrainedConfig):

@@ -339,6 +339,23 @@ def test_likeliest_alternatives_by_hand(make_captioner: MakeCaptioner) -> None:
     assert run(2, input_ids=torch.tensor([[9]])) == [[9, 7, *end], [9, 8, *end]]
 
 
+def test_alternatives_where_the_first_step_forbids_the_captions_token(make_captioner: MakeCaptioner) -> None:
+    """By the first step's draft 5 may not follow 4; the last step has another draft, and 5 is the caption's token."""
+    model, rows = make_captioner(max_position_embeddings=2), iter((1, 2))
+
+    def make_network(prefix: Tensor) -> Script:
+        script = script_logits(model, [{4: 3.0, 6: 2.5}, {5: 3.0, 7: 2.0, 8: 1.5, 9: 1.0}], next(rows), 2)
+        script.logits = script.logits.clone()
+        script.logits[:, 1, 0, 6] = 9.0  # in the last step
+        model.make_network = make_network
+        return script
+
+    model.make_network = make_network
+    call = {"num_inference_steps": 2, "bad_words_ids": [[4, 5], [8]], "sampler": "renoise"}
+    sequences = model.generate(images(1), num_return_sequences=3, **call).tolist()
+    assert sequences == [[6, 5], [6, 7], [6, 9]]  # neither a forbidden 8 nor the lowest ids
+
+
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_more_captions_than_there_are_is_an_error(make_captioner: MakeCaptioner, corruption: str) -> None:
     """One place: 18 tokens besides padding and the caption's own."""
@@ -526,6 +543,40 @@ def test_bad_words_of_a_settled_place(make_captioner: MakeCaptioner) -> None:
     assert model.generate(images(1), num_inference_steps=2)[0].tolist() == [5, 7]
 
 
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_bad_words_before_a_given_token(make_captioner: MakeCaptioner, corruption: str) -> None:
+    """The tokens around a gap are known: what is put into it may not complete a bad sequence with them."""
+    model = make_captioner(corruption=corruption, max_position_embeddings=3)
+    gap = {"decoder_input_ids": torch.tensor([[4, 1, 7]]), "decoder_attention_mask": torch.tensor([[1, 0, 1]])}
+
+    def run(bad_words_ids: list[list[int]]) -> list[int]:
+        script_logits(model, [{4: 3.0}, {5: 3.0, 6: 2.0}, {7: 3.0}], steps=2)
+        return model.generate(images(1), num_inference_steps=2, bad_words_ids=bad_words_ids, **gap)[0].tolist()
+
+    assert run([[9, 9]]) == [4, 5, 7]
+    for bad in ([5, 7], [4, 5], [4, 5, 7]):
+        assert run([bad]) == [4, 6, 7]
+    for other in ([5, 8], [3, 5, 7], [4, 5, 7, 9], [5, 7, 9]):
+        assert run([other]) == [4, 5, 7]
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("confidence_threshold", [None, 0.3])
+def test_no_caption_has_a_bad_sequence(
+    make_captioner: MakeCaptioner, corruption: str, confidence_threshold: float | None
+) -> None:
+    """Pairs and triples that occur without the ban, in captions and alternatives."""
+    model = make_captioner(corruption=corruption)
+    model.lm_head.bias.data[[PAD, EOS]] = -20.0  # long captions
+    call = {"num_return_sequences": 4, "num_inference_steps": 4, "confidence_threshold": confidence_threshold}
+    captions = model.generate(images(6), **call).tolist()
+    bad = [row[place : place + length] for row in captions for place in range(3) for length in (2, 3)]
+    bad = [words for words in bad if PAD not in words and EOS not in words]
+    assert len(bad) > 20
+    for row in model.generate(images(6), bad_words_ids=bad, **call).tolist():
+        assert not [words for words in bad if any(row[i : i + len(words)] == words for i in range(8))]
+
+
 def test_bad_words_behind_an_end_that_is_revised(make_captioner: MakeCaptioner) -> None:
     """MDD: place 2 stands behind a predicted end when it is unmasked for good. Then place 0 is no end after all."""
     model = make_captioner(corruption="mask", noise_schedule="linear", max_position_embeddings=3)
@@ -627,6 +678,30 @@ def test_infilling_keeps_fixed_tokens_at_every_step(make_captioner: MakeCaptione
     assert torch.equal(outputs.sequences[:, :5][is_fixed], tokens[is_fixed])
     for step in range(10):
         assert torch.equal(outputs.trajectory.tokens[:, step, :5][is_fixed], tokens[is_fixed])
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "confidence"])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0, "guidance_schedule": "linear"}])
+def test_a_given_caption_is_the_same_alone_and_beside_a_gap(
+    make_captioner: MakeCaptioner, sampler: str, guidance: dict[str, Any]
+) -> None:
+    model, tokens = make_captioner(), torch.tensor([[5, 6, 7, 9, 8, 5, 4, EOS]]).repeat(2, 1)
+    mask = torch.tensor([[1] * 8, [1, 0, 0, 1, 1, 1, 1, 1]])
+    call = {"sampler": sampler, "num_inference_steps": 4, "return_dict_in_generate": True, **guidance}
+    both = model.generate(images(2), decoder_input_ids=tokens, decoder_attention_mask=mask, **call)
+    alone = model.generate(images(2)[:1], decoder_input_ids=tokens[:1], decoder_attention_mask=mask[:1], **call)
+    assert both.num_steps.tolist() == [1, 4] and alone.num_steps.tolist() == [1]
+    torch.testing.assert_close(both.log_probs[:1], alone.log_probs)
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_what_stands_in_a_gap_is_not_read(make_captioner: MakeCaptioner, corruption: str) -> None:
+    model, mask = make_captioner(corruption=corruption), torch.tensor([[1, 0, 1]])
+    captions = [
+        model.generate(images(1), decoder_input_ids=torch.tensor([[5, value, 6]]), decoder_attention_mask=mask)
+        for value in (1, -100, 1000)
+    ]
+    assert torch.equal(captions[0], captions[1]) and torch.equal(captions[0], captions[2])
 
 
 def test_fixed_tokens_reach_the_denoiser(make_captioner: MakeCaptioner) -> None:
@@ -792,6 +867,15 @@ def test_generation_config_is_saved_and_loaded(make_captioner: MakeCaptioner, tm
     assert given.generate(images(2)).shape == (2, 4)
     (tmp_path / "generation_config.json").unlink()
     assert TDDForCaptioning.from_pretrained(tmp_path).generation_config.num_inference_steps == 10
+
+
+def test_a_generation_config_serves_several_models(make_captioner: MakeCaptioner) -> None:
+    config = TDDGenerationConfig(num_inference_steps=4)
+    for length in (4, 8):
+        model = make_captioner(max_position_embeddings=length)
+        model.generation_config = config
+        assert model.generate(images(1)).shape == (1, length)
+    assert config.max_length is None
 
 
 def test_what_is_given_takes_precedence(make_captioner: MakeCaptioner) -> None:

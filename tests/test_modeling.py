@@ -475,6 +475,26 @@ def test_mask_corruption_is_a_linear_head(make_model: MakeModel, pixel_values: T
     torch.testing.assert_close(model.train()(pixel_values, labels).loss, expected_loss)
 
 
+def test_what_a_linear_head_does_not_have_is_refused(make_model: MakeModel, pixel_values: Tensor) -> None:
+    model = make_model(corruption="mask", pooling="mean")
+    for name, value in {
+        "generator": torch.Generator(),
+        "output_hidden_states": True,
+        "output_attentions": True,
+    }.items():
+        with pytest.raises(ValueError, match=f"`{name}` would have no effect: masked diffusion of one token"):
+            model(pixel_values, **{name: value})
+    with pytest.raises(ValueError, match="no token embedding: set `tie_word_embeddings=False`"):
+        make_model(corruption="mask", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("corruption", ["mask", "uniform"])
+def test_noise_that_is_not_gaussian_is_refused(make_config: MakeConfig, pixel_values: Tensor, corruption: str) -> None:
+    model = TDDModel(make_config(corruption=corruption, pooling=None, max_position_embeddings=6)).eval()
+    with pytest.raises(ValueError, match=f"`noise` would have no effect: with `corruption='{corruption}'`"):
+        model(pixel_values, noise=torch.rand(4, 6, model.config.noise_width))
+
+
 SETTINGS = [
     {},
     {"guidance_scale": 4.0, "guidance_schedule": "cosine"},
@@ -632,6 +652,17 @@ def test_hidden_states_and_attentions(make_config: MakeConfig, make_model: MakeM
     assert outputs.hidden_states is None and outputs.attentions is None
 
 
+@torch.no_grad()
+def test_hidden_states_are_those_of_all_rows(make_model: MakeModel, pixel_values: Tensor) -> None:
+    """Rows that are sure stay, where somebody reads more than their logits."""
+    model = make_model()
+    call = {"num_noise_samples": 3, "num_inference_steps": 8, "stability_threshold": 2}
+    plain = model(pixel_values, **call)
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True, **call)
+    torch.testing.assert_close(outputs.logits, plain.logits)
+    assert {len(states) for states in (*outputs.hidden_states, *outputs.attentions)} == {3 * len(pixel_values)}
+
+
 @pytest.mark.parametrize("change", ["data", "in place", "load_state_dict", "double"])
 @torch.no_grad()
 def test_nothing_made_of_the_weights_outlives_a_call(make_model: MakeModel, pixel_values: Tensor, change: str) -> None:
@@ -654,6 +685,18 @@ def test_nothing_made_of_the_weights_outlives_a_call(make_model: MakeModel, pixe
     assert torch.equal(logits, fresh(pixel_values.to(model.dtype)).logits)
     if change != "double":
         assert not torch.allclose(logits, before)
+
+
+@torch.no_grad()
+def test_a_small_change_of_the_weights_is_seen_under_autocast(make_model: MakeModel) -> None:
+    embedding = make_model(num_labels=50).model.denoiser.token_embedding
+    noise = torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = embedding(noise=noise)
+        embedding.weight.mul_(1.001)
+        after, kept = embedding(noise=noise), embedding._kept_factor[1]
+    assert before.shape == after.shape
+    torch.testing.assert_close(kept, noise_factor(embedding.weight))
 
 
 def test_the_noise_has_a_gradient_where_one_is_wanted(make_model: MakeModel, pixel_values: Tensor) -> None:

@@ -130,6 +130,18 @@ def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Ten
     return tokens[:, : length.max()], mask[:, : length.max()], length
 
 
+def completes_sequence(sequence: list[int], index: int, tokens: Tensor, is_known: Tensor) -> Tensor:
+    """Where `sequence[index]` would complete the sequence among known tokens: bool of the shape (rows, N)."""
+    length, num_places = len(sequence), tokens.shape[1]
+    completes = torch.zeros_like(is_known)
+    if length > num_places:
+        return completes
+    matches = is_known.unfold(1, length, 1) & (tokens.unfold(1, length, 1) == tokens.new_tensor(sequence))
+    matches[..., index] = True
+    completes[:, index : num_places - length + 1 + index] = matches.all(-1)
+    return completes
+
+
 def likeliest_alternatives(
     log_probs: Tensor, captions: Tensor, fixed: FixedTokens, number: int, config: TDDGenerationConfig
 ) -> FixedTokens:
@@ -154,12 +166,18 @@ def likeliest_alternatives(
         `ValueError`: if a caption has fewer alternatives.
     """
     num_places, num_tokens = log_probs.shape[1:]
-    # 1. How much less likely a token is than the caption's own
-    advantage = log_probs - log_probs.gather(-1, captions[..., None])
+    # 1. How much less likely a token is than the caption's own. One that a processor forbade in the first step alone
+    # counts as the likeliest
+    own, likeliest = log_probs.gather(-1, captions[..., None]), log_probs.amax(-1, keepdim=True)
+    advantage = log_probs - torch.where(own.isneginf(), likeliest, own)
     advantage.scatter_(-1, captions[..., None], float("-inf"))
     advantage[..., config.pad_token_id] = float("-inf")  # a caption that pads here reads as one that ends here
     is_closed = fixed.mask | follows_end(captions, end_tokens(config))
     advantage = advantage.masked_fill(is_closed[..., None], float("-inf"))
+    for banned in config.bad_words_ids or []:  # which the caption's own tokens beside it may complete
+        for index, token in enumerate(banned):
+            completes = completes_sequence(banned, index, captions, torch.ones_like(captions, dtype=torch.bool))
+            advantage[..., token] = advantage[..., token].masked_fill(completes, float("-inf"))
     best = advantage.flatten(1).topk(min(number, num_places * num_tokens), dim=-1)
     if len(best.values[0]) < number or best.values.isneginf().any():
         name = "num_return_sequences" if config.num_candidates is None else "num_candidates"
@@ -185,6 +203,7 @@ def likeliest_alternatives(
 __all__ = [
     "FixedTokens",
     "choice_tokens",
+    "completes_sequence",
     "end_tokens",
     "infilling_tokens",
     "likeliest_alternatives",

@@ -283,6 +283,7 @@ def denoise(
     sampling_strategy: str = "argmax",
     process_logits: Callable[[Tensor, Tensor, TokenChoice], Tensor] | None = None,
     stability_threshold: int | None = None,
+    given_rows: Tensor | None = None,
     keep_rows: bool = False,
     all_logits: bool = True,
     step: DenoisingFunction = denoising_step,
@@ -298,8 +299,8 @@ def denoise(
         d. Rows that are finished leave the loop
         e. Re-noise the tokens, less than before
     ```
-    A row is finished when its tokens have not changed for `stability_threshold` steps, and when the sampler has a
-    `confidence_threshold` and all its tokens are final.
+    A row is finished when its tokens have not changed for `stability_threshold` steps, when the sampler has a
+    `confidence_threshold` and all its tokens are final, and after the first step if all its tokens are given.
 
     Args:
         network ([`Network`]): The denoiser under its conditions.
@@ -312,6 +313,8 @@ def denoise(
             From the indices of the rows, their logits, and the step's [`TokenChoice`], to other logits of that shape.
         stability_threshold (`int`, *optional*):
             After how many steps without a change a row is finished.
+        given_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
+            The rows that have nothing to predict, if there are any.
         keep_rows (`bool`, *optional*, defaults to `False`):
             Whether finished rows are computed on, for a `process_logits` that must see all rows at each step.
         all_logits (`bool`, *optional*, defaults to `True`):
@@ -335,7 +338,7 @@ def denoise(
     # Copies, since tensors that are the same in the first step alone would make a compiled step compile again
     state = clone_all(sampler.start(known, numbers.of_rows(noise, 0)))
     previous, unchanged, is_open = None, torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    may_end = stability_threshold is not None or sampler.confidence_threshold is not None
+    may_end = any(x is not None for x in (stability_threshold, sampler.confidence_threshold, given_rows))
     keep_rows = keep_rows or step is not denoising_step
     is_partial = not all_logits and process_logits is None and step is denoising_step and device.type == "cpu"
     for index, timestep in enumerate(timesteps[:-1]):
@@ -349,6 +352,8 @@ def denoise(
         # 2d. Leave
         if not may_end:
             continue
+        if index == 0 and given_rows is not None:
+            is_open = is_open & ~given_rows
         if sampler.confidence_threshold is not None:
             is_open = is_open & ~state.is_final.all(1)
         if stability_threshold is not None and previous is not None:

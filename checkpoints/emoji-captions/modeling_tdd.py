@@ -64,7 +64,8 @@ AUTO_MAP = {
 }
 
 # What `forward` takes besides its named arguments: what the models can return, and what Trainer passes
-FORWARD_KWARGS = ("output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch")
+RECORDS = ("output_attentions", "output_hidden_states")
+FORWARD_KWARGS = (*RECORDS, "return_dict", "num_items_in_batch")
 
 
 @dataclass
@@ -76,8 +77,8 @@ class TDDModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`):
             The denoiser's output for the noisy tokens.
         cache ([`DenoiserCache`], *optional*, with `use_cache=True`):
-            The keys and values of the images' prefix, and the factor of the noise. Pass it back in place of
-            `pixel_values` to denoise again without encoding the images again.
+            The keys and values of the images' prefix. Pass it back in place of `pixel_values` to denoise again without
+            encoding the images again.
         hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_hidden_states=True`):
             The noisy tokens before the denoiser's first layer and after each layer.
         attentions (`tuple[torch.FloatTensor, ...]`, *optional*, with `output_attentions=True`):
@@ -320,7 +321,6 @@ class TDDModel(TDDPreTrainedModel):
                 f"{type(error).__name__}: {error}"
             ) from error
         self.encoder_hidden_size = self.encoder_layout.hidden_size
-        self.num_special_tokens = self.encoder_layout.num_special_tokens
         self.freeze()
         self.connector = TDDConnector(config, self.encoder_hidden_size) if add_denoiser else None
         self.denoiser = TDDDenoiser(config) if add_denoiser else None
@@ -491,6 +491,8 @@ class TDDModel(TDDPreTrainedModel):
         if timesteps is not None:
             check_shape("timesteps", timesteps, [tuple(tokens.shape), (batch_size,)])
             check_value_range("timesteps", timesteps, 1, config.num_timesteps)
+        if config.corruption != "gaussian":
+            refuse_given(f"with `corruption={config.corruption!r}` the tokens are the noisy ones", noise=noise)
         if noise is not None:
             check_noise(config, noise, tuple(tokens.shape))
         if timesteps is None:
@@ -563,6 +565,10 @@ class TDDForImageClassification(TDDPreTrainedModel):
                 "A classifier diffuses one label from one pooled feature: it needs `vocab_size=None`, "
                 f"`max_position_embeddings=1` and `pooling` 'cls' or 'mean', got {config.vocab_size}, "
                 f"{config.max_position_embeddings} and {config.pooling!r}."
+            )
+        if config.corruption == "mask" and config.tie_word_embeddings:
+            raise ValueError(
+                "A classifier by masked diffusion has no token embedding: set `tie_word_embeddings=False`."
             )
         self.num_labels = config.num_labels
         self.model = TDDModel(config, add_denoiser=config.corruption != "mask")
@@ -648,7 +654,11 @@ class TDDForImageClassification(TDDPreTrainedModel):
         if labels is not None:
             self._check_labels(labels, features.shape[0])
         if self.model.denoiser is None:
-            refuse_given("masked diffusion of one token draws nothing", timesteps=timesteps, noise=noise)
+            draws = {"timesteps": timesteps, "noise": noise, "generator": generator}
+            refuse_given("masked diffusion of one token draws nothing", **draws)
+            refuse_given(
+                "masked diffusion of one token has no denoiser", **{name: kwargs.get(name) for name in RECORDS}
+            )
             return self._classify_directly(features, labels, output_trajectory)
         prefix = self.model.connector(features)
         if is_loss_only:
@@ -739,6 +749,7 @@ class TDDForImageClassification(TDDPreTrainedModel):
             guidance_scales(guidance_schedule, guidance_scale, num_inference_steps),
             sampling_strategy,
             stability_threshold=stability_threshold,
+            keep_rows=any(kwargs.get(name) or getattr(config, name) for name in RECORDS),  # those of all rows
             step=self.denoising_step,
         )
         trajectory: list[Tensor] = []
@@ -822,8 +833,8 @@ class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedMode
             tokens (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Without `labels`: as in [`TDDModel`].
             timesteps (`torch.LongTensor`, *optional*):
-                In 1 ... T. With `labels` of shape `(batch_size, timesteps_per_image)`, drawn if not given. Without,
-                as in [`TDDModel`].
+                In 1 ... T. With `labels` of shape `(batch_size, timesteps_per_image)`, drawn if not given, and then
+                with the `mistaken_share` of the configuration. Without, as in [`TDDModel`].
             noise (`torch.FloatTensor` of shape `(batch_size, timesteps_per_image, N, noise_width)`, *optional*):
                 With `labels`: the noise of each timestep, drawn if not given. Without, as in [`TDDModel`].
             cache ([`DenoiserCache`], *optional*):
@@ -836,8 +847,8 @@ class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedMode
 
         Raises:
             `ValueError`: for unknown arguments, for those that have no effect with `labels`, for token ids out of
-                range, captions longer than N, pixels as in [`TDDModel.get_image_features`], and in training mode with
-                gradients but without `labels`.
+                range, captions longer than N or not one for each image, pixels as in
+                [`TDDModel.get_image_features`], and in training mode with gradients but without `labels`.
         """
         check_forward_kwargs(self, kwargs)
         if labels is None:
@@ -856,10 +867,13 @@ class TDDForCaptioning(TDDGenerationMixin, TDDLikelihoodMixin, TDDPreTrainedMode
         if pixel_values is not None and image_features is None:
             image_features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
             pixel_values = None
+        prefix = self.model.get_prefix(pixel_values, image_features)
+        if len(prefix) != len(targets):
+            raise ValueError(f"`labels` must have a caption for each of the {len(prefix)} images, got {len(targets)}.")
         outputs = diffusion_loss(
             self.model.denoiser,
             self.lm_head,
-            self.model.get_prefix(pixel_values, image_features),
+            prefix,
             targets,
             timesteps,
             noise,
@@ -955,15 +969,16 @@ class ConditionedDenoiser:
             hidden_states = hidden_states[places]
         prediction = self.head(hidden_states).float()
         is_noise = self.denoiser.config.prediction_type == "epsilon"
-        return self._subtract_noise(state, prediction) if is_noise else prediction
+        return self._subtract_noise(state, prediction, places) if is_noise else prediction
 
-    def _subtract_noise(self, state: NoisyTokens, prediction: Tensor) -> Tensor:
+    def _subtract_noise(self, state: NoisyTokens, prediction: Tensor, places: Tensor | None) -> Tensor:
         """Logits from a prediction of the noise, `y_t - sigma_t epsilon`: that is y_0 up to a positive factor, which
         no argmax sees (at t = T the factor is infinite)."""
+        values = (state.tokens, state.noise, state.timesteps)
+        tokens, noise, timesteps = values if places is None else (tensor[places] for tensor in values)
         schedule = self.denoiser.schedule_on(prediction.device)
-        clean = one_hot(state.tokens, self.denoiser.config.num_categories)
-        noisy = add_noise(clean, state.noise, schedule, state.timesteps)
-        return noisy - schedule.sigma[state.timesteps][..., None] * prediction
+        noisy = add_noise(one_hot(tokens, self.denoiser.config.num_categories), noise, schedule, timesteps)
+        return noisy - schedule.sigma[timesteps][..., None] * prediction
 
     def select(self, keep: Tensor) -> None:
         """From now on only the rows of a boolean mask are denoised."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..processing_tdd import TDDProcessor
 from .captioners import Captioner, caption_with, encode_images, fill_gaps
-from .statistics import calibration, selective_accuracy
+from .statistics import calibration, expected_calibration_error, selective_accuracy
 
 
 if TYPE_CHECKING:
@@ -176,14 +176,13 @@ def caption(
     temperature = temperature or _best_confidence_temperature(score.numpy(), right)
     confidence = (score / temperature).exp().double().numpy()
     ranked = (caption_with(model, features, NUM_CANDIDATES) == rows).all(1).numpy()
-    pairs = calibration(np.stack([confidence, 1 - confidence], 1), np.where(right, 0, 1))
     return {
         "exact_match": float(right.mean()),
         f"exact_match_of_{NUM_CANDIDATES}": float(ranked.mean()),
         "repaired": int((ranked & ~right).sum()),
         "spoiled": int((right & ~ranked).sum()),
         "coverage": dict(zip(COVERAGES, selective_accuracy(score.numpy(), right, COVERAGES))),
-        "confidence_ece": pairs["ece"],
+        "confidence_ece": expected_calibration_error(confidence, right),
         "temperature": temperature,
     }
 

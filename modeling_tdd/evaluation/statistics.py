@@ -54,18 +54,30 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, floa
         labels (`np.ndarray` of shape `(num_images,)`): The right labels.
 
     Returns:
-        `dict`: `top1`; `nll`, the mean negative log-likelihood of the right label in nats; and `ece`, the expected
-        calibration error in 15 bins of equal width: the mean distance of accuracy and confidence, by images.
+        `dict`: `top1`; `nll`, the mean negative log-likelihood of the right label in nats; and `ece`, the
+        [`expected_calibration_error`].
     """
     right = probabilities[np.arange(len(labels)), labels]
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=NUM_BINS)
     return {
         "top1": float(correct.mean()),
         "nll": float(-np.log(np.maximum(right, 1e-12)).mean()),
-        "ece": float(np.abs(gaps).sum() / len(labels)),
+        "ece": expected_calibration_error(confidence, correct),
     }
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    r"""
+    How far the confidence is right: in 15 bins of equal width the distance of accuracy and mean confidence, a mean
+    over the predictions.
+
+    Args:
+        confidence (`np.ndarray` of shape `(num_predictions,)`): The probability that a prediction is right.
+        correct (`np.ndarray` of shape `(num_predictions,)`): Whether it is.
+    """
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=NUM_BINS)
+    return float(np.abs(gaps).sum() / len(correct))
 
 
 def selective_accuracy(confidence: np.ndarray, correct: np.ndarray, shares: Sequence[float]) -> list[float]:

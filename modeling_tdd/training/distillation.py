@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling_tdd import TDDForCaptioning
-from ..samplers_tdd import inference_timesteps
+from ..samplers_tdd import inference_timesteps, settled_timestep
 from .trainer import TDDTrainer
 
 
@@ -44,10 +44,20 @@ class DistillationTrainer(TDDTrainer):
         if model.training:
             images = {name: value for name, value in inputs.items() if name != "labels"}
             labels = self.teacher.generate(**images, **self.teacher_settings)
-            shape = (len(labels), self.teacher.config.timesteps_per_image)
-            drawn = torch.randint(len(self.timesteps), shape, device=self.timesteps.device)
-            inputs = {**images, "labels": labels, "timesteps": self.timesteps[drawn]}
+            inputs = {**images, "labels": labels, "timesteps": self._draw_timesteps(*labels.shape)}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _draw_timesteps(self, batch_size: int, num_tokens: int) -> Tensor:
+        """Those of a random step of the student's loop. In the loop of a network with a timestep for each token, a
+        share t / T of the tokens is pure noise at a step t, and the others are settled."""
+        config = self.teacher.config
+        shape = (batch_size, config.timesteps_per_image)
+        timesteps = self.timesteps[torch.randint(len(self.timesteps), shape, device=self.timesteps.device)]
+        if config.corruption != "gaussian" or config.timestep_sampling != "per_token":
+            return timesteps
+        chance = timesteps[..., None] / config.num_timesteps
+        is_hidden = torch.rand(*shape, num_tokens, device=timesteps.device) < chance
+        return torch.where(is_hidden, config.num_timesteps, settled_timestep(config.num_timesteps))
 
 
 def make_student(teacher: TDDForCaptioning, num_inference_steps: int) -> TDDForCaptioning:
