@@ -23,7 +23,9 @@ logger = logging.get_logger(__name__)
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 MAX_CHOICES = 4096  # combinations, each of which is scored
 Choices = dict[Any, list[str]] | list[str]
-PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")  # arguments of a tokenizer
+# Arguments of a tokenizer
+PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+LAYOUT = ("truncation", "max_length", "pad_to_multiple_of")
 
 
 def combine(infill: str | None, choices: Choices, mask_token: str | None) -> list[str]:
@@ -182,7 +184,8 @@ class TDDProcessor(ProcessorMixin):
                 fill. A dictionary has the strings that may stand in each gap of `infill`: in that of a name, `[A]`,
                 or in the place of the mask token with a number, 0 for the first. One may be longer than another.
             kwargs:
-                `return_tensors`, and arguments of the image processor and the tokenizer.
+                `return_tensors`, and arguments of the image processor and the tokenizer. Its padding and truncation
+                are of `text` and `captions`: nothing of `infill` and `choices` can be left out.
 
         Returns:
             [`BatchFeature`]: of
@@ -206,6 +209,9 @@ class TDDProcessor(ProcessorMixin):
             raise ValueError("Give a prompt (`text`), or an infilling (`infill`) or `choices`, not both.")
         merged: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        layout = {name: merged["text_kwargs"].get(name) for name in LAYOUT}
+        if text is None and captions is None and (given := [name for name in LAYOUT if layout[name]]):
+            raise ValueError(f"`{given[0]}` is for `text` and `captions`, which are not given.")
         data: dict[str, Any] = {}
         num_images = None
         if images is not None:
@@ -223,7 +229,8 @@ class TDDProcessor(ProcessorMixin):
         elif infill is not None:
             data.update(self._encode_infilling(infill))
         if captions is not None:
-            data["labels"] = self._encode_captions(self._to_list("captions", captions, num_images))
+            captions = self._to_list("captions", captions, num_images)
+            data["labels"] = self._encode_captions(captions, merged["text_kwargs"].get("padding", True), **layout)
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
@@ -303,7 +310,15 @@ class TDDProcessor(ProcessorMixin):
             rows = {name: [row[kept] for row in values] for name, values in rows.items()}
         return dict(self.tokenizer.pad(rows, verbose=False, **layout))
 
-    def _encode_captions(self, captions: list[str]) -> list[list[int]]:
+    def _encode_captions(
+        self,
+        captions: list[str],
+        padding: bool | str,
+        truncation: bool | str | None,
+        max_length: int | None,
+        pad_to_multiple_of: int | None,
+    ) -> list[list[int]]:
+        """Tokens with their end, which truncation leaves, and padding on the right: a caption begins at place 0."""
         rows = self._encode(captions)
         empty = [index for index, row in enumerate(rows) if not row]
         if empty:
@@ -314,7 +329,11 @@ class TDDProcessor(ProcessorMixin):
                 f"Captions longer than {room} tokens and an end are truncated (`tokenizer.model_max_length`). "
                 "This warning is shown once."
             )
-        return self._pad([[*row[:room], self.tokenizer.eos_token_id] for row in rows])
+        if max_length and truncation not in (None, False, "do_not_truncate"):
+            room = min(room, max_length - 1)
+        encoded = {"input_ids": [[*row[:room], self.tokenizer.eos_token_id] for row in rows]}
+        layout = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        return self.tokenizer.pad(encoded, padding_side="right", verbose=False, **layout)["input_ids"]
 
     def _encode_infilling(self, texts: list[str]) -> dict[str, list[list[int]]]:
         mask_token = self.tokenizer.mask_token_id

@@ -155,6 +155,24 @@ def test_a_long_caption_is_truncated_with_one_warning(
     assert "longer than 4 tokens and an end are truncated" in caplog.text
 
 
+def test_captions_are_padded_and_truncated_as_wanted(processor: TDDProcessor) -> None:
+    captions, end, pad = ["a red dog", "a cat"], processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    plain = processor(captions=captions)["labels"]
+    assert len(plain[0]) == len(plain[1]) == 4 and plain[0][-1] == end
+    wide = processor(captions=captions, padding="max_length", max_length=6)["labels"]
+    assert wide == [[*row, pad, pad] for row in plain]
+    assert processor(captions=captions, max_length=3, truncation=True)["labels"] == [
+        [*plain[0][:2], end],
+        plain[1][:3],
+    ]
+    assert (
+        processor(captions=captions, padding=True, padding_side="left", return_tensors="pt").labels.tolist() == plain
+    )
+    for call in ({"infill": "a [MASK]"}, {"infill": "a [A]", "choices": {"A": ["cat", "dog"]}}):
+        with pytest.raises(ValueError, match="`max_length` is for `text` and `captions`"):
+            processor(**call, max_length=5)
+
+
 @pytest.mark.parametrize("empty", ["", "   "])
 def test_empty_caption(processor: TDDProcessor, empty: str) -> None:
     with pytest.raises(ValueError, match=r"Empty captions: \[1\] of 2. Leave"):
