@@ -128,12 +128,14 @@ def make_card(
 
 
 def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> list[EvalResult]:
-    """The scores of the published weights without guidance, at the number of steps nearest to the default."""
-    unguided = [entry for entry in result["scores"] if entry["guidance_scale"] == 1]
+    """The scores of the published weights without guidance, at the number of steps nearest to the default. A method
+    without a loop has neither."""
+    unguided = [entry for entry in result["scores"] if entry.get("guidance_scale") in (None, 1)]
     chosen = []
     for split in dict.fromkeys(entry["split"] for entry in unguided):
         entries = [entry for entry in unguided if entry["split"] == split]
-        entry = min(entries, key=lambda entry: abs(entry["num_inference_steps"] - num_steps))
+        entry = min(entries, key=lambda entry: abs(entry.get("num_inference_steps", num_steps) - num_steps))
+        steps = entry.get("num_inference_steps")
         chosen += [
             EvalResult(
                 task_type=task,
@@ -141,7 +143,7 @@ def eval_results(result: Result, task: str, data_name: str, num_steps: int) -> l
                 dataset_name=data_name,
                 dataset_split=split,
                 metric_type=HUB_METRICS.get(metric, metric),
-                metric_name=f"{metric}, {entry['num_inference_steps']} denoising steps",
+                metric_name=metric if steps is None else f"{metric}, {steps} denoising steps",
                 metric_value=round(100 * entry[metric], 2),
             )
             for metric in metrics_of([result])
@@ -206,12 +208,16 @@ def _process(config: dict[str, Any]) -> str:
         "a timestep for each token": config["timestep_sampling"] == "per_token",
         "wrong tokens in training": config["mistaken_share"] > 0,
         "an input scaled by its signal share": config["input_weighting"] == "visibility",
+        "the `projected` schedule": config["noise_schedule"] == "projected",
+        # The default of `sampler`, which is no field of this configuration
+        "a loop that settles the surest tokens first": config["timestep_sampling"] == "per_token",
         "the regression loss": config["prediction_type"] == "epsilon",
     }
     given = [name for name, departs in departures.items() if departs]
     if not given:
         return "Its diffusion process is the paper's."
-    return f"It departs from the paper's diffusion process by {', '.join(given)}."
+    listed = " and ".join(filter(None, [", ".join(given[:-1]), given[-1]]))
+    return f"It departs from the paper's diffusion process by {listed}."
 
 
 def _training(recipe: dict[str, Any], seed: int) -> str:
