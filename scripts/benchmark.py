@@ -20,6 +20,7 @@ import torch
 
 from modeling_tdd.evaluation.benchmarks import (
     BENCHMARKS,
+    UNUSED,
     count_work_of_a_step,
     format_benchmark,
     make_classifier,
@@ -42,7 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also time compiled steps, which takes minutes to make")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder for BENCHMARK.json and BENCHMARK.md")
-    return parser.parse_args()
+    args = parser.parse_args()
+    unused = [name for name in UNUSED.get(args.benchmark, ()) if getattr(args, name) != parser.get_default(name)]
+    if unused:
+        parser.error(f"{args.benchmark} does not use {', '.join(f'--{name}' for name in unused).replace('_', '-')}")
+    return args
 
 
 def compare_steps(repeats: int) -> None:

@@ -42,14 +42,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("elements", nargs="+", choices=[*ELEMENTS, "all"], help="tables and figures")
     parser.add_argument("--data", choices=[*SETTINGS, *CAPTION_SETTINGS], default="cifar10", help="default: cifar10")
     parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu", help="size of the trainings; default: cpu")
-    parser.add_argument(
-        "--settings", nargs="+", help="such as frozen and scratch; default: all of the data and budget"
-    )
+    parser.add_argument("--settings", nargs="+", help="such as frozen and scratch; default: all of data and budget")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each in a process of its own")
     parser.add_argument("--plan", action="store_true", help="only say what would be trained, and how long it takes")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/reproduce"), help="folder of the trainings")
     parser.add_argument("--report-dir", type=Path, default=Path("docs/results/reproduce"), help="folder of reports")
-    return parser.parse_args()
+    args = parser.parse_args()
+    unused = [name for name in ("budget", "settings", "jobs") if getattr(args, name) != parser.get_default(name)]
+    if args.data in CAPTION_SETTINGS and unused:
+        parser.error(f"the captions of {args.data} do not use {', '.join(f'--{name}' for name in unused)}")
+    return args
 
 
 def train(training: Training, recipes: Path) -> None:

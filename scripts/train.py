@@ -127,15 +127,15 @@ def main() -> None:
     runs = [(m, seed) for m in methods for seed in (args.seeds[:1] if m == "nearest" else args.seeds)]
     folders = {(method, seed): output_dir / f"{method}-seed{seed}" for method, seed in runs}
     for (method, seed), folder in folders.items():
+        result = {"method": method, "seed": seed, "recipe": recipe.to_dict()}
         if (folder / "result.json").exists():
+            check_same_run(folder / "result.json", result)
             state.print(f"{folder} is done already.")
         elif method != "nearest":
             with locked(folder) if state.is_main_process else nullcontext():
                 run(recipe, method, seed, folder, args.restart)
         elif state.is_main_process:
-            scores = score_nearest(recipe, output_dir / "features")
-            result = {"method": method, "seed": seed, "recipe": recipe.to_dict(), "scores": scores}
-            write_json(folder / "result.json", result)
+            write_json(folder / "result.json", {**result, "scores": score_nearest(recipe, output_dir / "features")})
     if state.is_main_process:
         tables = score_tables(read_results(folders.values()))
         write_text(output_dir / "results.md", tables + "\n")

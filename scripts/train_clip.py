@@ -112,8 +112,8 @@ def main() -> None:
         part.save_pretrained(args.output_dir)
     scores, metric = {}, load_metric("clip_score")
     for name, rows in splits.items():
-        captions = list(rows["caption"])
-        scores[name] = retrieval(*metric.embed(str(args.output_dir), list(rows["image"]), captions), captions)
+        images, captions = [to_rgb(image) for image in rows["image"]], list(rows["caption"])
+        scores[name] = retrieval(*metric.embed(str(args.output_dir), images, captions), captions)
     write_json(args.output_dir / "retrieval.json", scores)
     print(scores)
 

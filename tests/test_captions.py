@@ -16,6 +16,7 @@ from samples import VL_ENRICHED_FEATURES
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTImageProcessor
 
 from modeling_tdd import TDDModel
+from modeling_tdd.evaluation.baselines import WordClassifier
 from modeling_tdd.training.batches import Augmentation
 from modeling_tdd.training.data import CaptionData, leave_out_unknown, load_captions
 from modeling_tdd.training.features import AugmentedViews, cache_features, features_fingerprint
@@ -43,6 +44,21 @@ def test_a_recipe_says_its_task():
         load_recipe(RECIPE, ["evaluation.steps=5"])
     with pytest.raises(ValueError, match="Unknown keys in `data`: label_column. Allowed: path, .* caption_column"):
         load_recipe(RECIPE, ["data.label_column=word"])
+
+
+def test_a_stream_has_neither_counted_words_nor_cached_views():
+    stream = ["data.streaming=true", "data.num_examples=9"]
+    with pytest.raises(ValueError, match="`data.streaming` must be false for an encoder"):
+        load_recipe(RECIPE, stream)
+    with pytest.raises(ValueError, match="`feature_views` above 1 needs .* no `data.streaming`, got 4"):
+        load_recipe(RECIPE.with_name("emoji.yaml"), stream)
+    assert load_recipe(RECIPE.with_name("emoji.yaml"), [*stream, "feature_views=1"]).data.streaming
+
+
+def test_a_word_of_all_captions_has_a_finite_loss(make_config):
+    model = WordClassifier(make_config(num_labels=3), torch.tensor([1.0, 0.5, 0.0]))
+    assert model.head.bias.isfinite().all() and model.head.bias[1] == 0
+    assert model(torch.randn(2, 3, 16, 16), torch.tensor([[1.0, 0.0, 0.0]] * 2)).loss.isfinite()
 
 
 # ---- Data

@@ -113,9 +113,9 @@ def test_the_script_measures_what_is_missing(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import compare_captioners
 
-    def run(*folders: str) -> str:
-        arguments = [*folders, "--data", str(ROOT / "scripts/data/emoji_mini"), "--num-images", "12"]
-        arguments += ["--splits", "validation", "test_combo", "--output-dir", str(tmp_path)]
+    def run(*given: str) -> str:
+        arguments = ["--data", str(ROOT / "scripts/data/emoji_mini"), "--num-images", "12"]
+        arguments += ["--splits", "validation", "test_combo", "--output-dir", str(tmp_path), *given]
         monkeypatch.setattr(sys, "argv", ["compare_captioners.py", *arguments])
         compare_captioners.main()
         return capsys.readouterr().out
@@ -134,6 +134,27 @@ def test_the_script_measures_what_is_missing(
     changed = file.read_text().replace('"images": 12', '"images": 11')
     file.write_text(changed)
     assert run(shipped) == table and file.read_text() == changed  # read, not measured again
+
+    # A file of something else is refused, and one from before it was noted is judged by the images of its splits
+    with pytest.raises(
+        SystemExit, match=r"emoji-captions.json was measured on something else: num_images was 12, is 9"
+    ):
+        run(shipped, "--num-images", "9")
+    with pytest.raises(
+        SystemExit, match=f"something else: folder was {shipped}, is elsewhere/emoji-captions. Use ano"
+    ):
+        run("elsewhere/emoji-captions")
+    with pytest.raises(SystemExit, match=r"something else: splits was \['validation', 'test_combo'\], is \['valid"):
+        run(shipped, "--splits", "validation")
+    file.write_text(json.dumps({name: value for name, value in result.items() if name != "measured"}))
+    assert run(shipped) == table
+    with pytest.raises(SystemExit, match="something else: validation was 12, is 9; test_combo was 12, is 9"):
+        run(shipped, "--num-images", "9")
+    with pytest.raises(SystemExit, match="something else: test_combo was 12, is None"):
+        run(shipped, "--splits", "validation")
+    with pytest.raises(SystemExit):
+        run(shipped, "elsewhere/emoji-captions")
+    assert "the folders need different names" in capsys.readouterr().err
     assert {name: len(seeds) for name, seeds in group_by_method({"a-seed0": {}, "a-seed12": {}, "b": {}}).items()} == {
         "a": 2,
         "b": 1,

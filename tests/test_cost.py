@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessor
 
-from modeling_tdd import TDDConfig, TDDForImageClassification
+from modeling_tdd import TDDConfig, TDDForImageClassification, TDDModel
 from modeling_tdd.evaluation.cost import Model, device_memory, measure_step, training_cost
 from modeling_tdd.training.averaging import AveragedAdamW
 from modeling_tdd.training.recipe import load_recipe
@@ -160,6 +160,14 @@ def test_predicted_time_is_within_a_quarter_of_the_real(make_model, vision_confi
         if 0.75 < ratios[-1] < 1.25:
             return
     pytest.fail(f"predicted / real: {ratios}, operations {operations}")
+
+
+@pytest.mark.parametrize("make", ["make_model", "make_captioner"])
+def test_a_step_on_cached_features_is_measured(request, make, monkeypatch):
+    """The frozen encoder runs once, before the steps."""
+    model, calls, encode = request.getfixturevalue(make)(freeze_encoder=True), [], TDDModel.get_image_features
+    monkeypatch.setattr(TDDModel, "get_image_features", lambda *args, **kw: (calls.append(1), encode(*args, **kw))[1])
+    assert measure_step(model, 2, (16, 16), torch.optim.AdamW, torch.device("cpu")) > 0 and len(calls) == 1
 
 
 # ---- The script

@@ -166,5 +166,5 @@ def test_training_and_scripts_stay_small() -> None:
     # with, and the import of an encoder. 160 are gpu_check.py and the benchmarks beside a GPU. 280 came with
     # docs/security.md: checkpoints that are trusted by their content, whole savings, locks, checks of recipes and
     # data. 110 are the load test of the demo and the animation of a denoising. 200 distil captioners and compare what
-    # they can do under constraints.
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 2800 + 520 + 160 + 280 + 110 + 200
+    # they can do under constraints. 30 refuse what had been ignored.
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2800 + 520 + 160 + 280 + 110 + 200 + 30

@@ -30,8 +30,14 @@ from modeling_tdd.evaluation.classifiers import describe_draws, describe_steps
 from modeling_tdd.evaluation.clip import retrieval
 from modeling_tdd.evaluation.corruptions import STRENGTHS, corrupt
 from modeling_tdd.evaluation.public_data import prepare_splits, prepare_stamps
-from modeling_tdd.evaluation.reports import read_evaluations, write_classifier_report
-from modeling_tdd.evaluation.statistics import calibration, entropy, paired_bootstrap, selective_accuracy
+from modeling_tdd.evaluation.reports import read_evaluations, score_at, table2, write_classifier_report
+from modeling_tdd.evaluation.statistics import (
+    calibration,
+    entropy,
+    expected_calibration_error,
+    paired_bootstrap,
+    selective_accuracy,
+)
 from modeling_tdd.training import reproduction
 from modeling_tdd.training.features import read_features
 from modeling_tdd.training.recipe import load_recipe
@@ -69,6 +75,12 @@ def test_calibration_agrees_with_loops_over_images_and_bins() -> None:
     top1 = sum(row.argmax() == label for row, label in zip(probabilities, labels)) / len(labels)
     assert scores == {"top1": pytest.approx(top1), "nll": pytest.approx(nll), "ece": pytest.approx(ece)}
     assert calibration(np.eye(3), np.arange(3)) == {"top1": 1.0, "nll": 0.0, "ece": 0.0}  # sure and right
+
+
+def test_too_much_confidence_does_not_make_up_for_too_little() -> None:
+    confidence = np.repeat([0.3, 0.7], 100)
+    correct = np.arange(200) % 100 < np.repeat([40, 80], 100)
+    assert expected_calibration_error(confidence, correct) == pytest.approx(0.1)
 
 
 def test_selective_accuracy_takes_the_surest_and_shares_ties() -> None:
@@ -137,6 +149,16 @@ def test_clip_score_is_the_cosine_of_transformers_own_logits(clip: Path) -> None
     assert one_by_one["clip_scores"] == pytest.approx(scores["clip_scores"], abs=1e-5)
     with pytest.raises(ValueError, match="at least one caption"):
         metric.compute(predictions=[], references=[], model=str(clip))
+
+
+def test_clip_sees_a_picture_upright_and_on_white(clip: Path) -> None:
+    transparent, plain = Image.new("RGBA", (20, 20), (0, 0, 0, 0)), Image.new("RGB", (20, 20), "white")
+    for picture in (transparent, plain):
+        picture.paste("red", (0, 0, 10, 20))
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # turn it by 270 degrees
+    features, _ = load_metric("clip_score").embed(str(clip), [plain, transparent, turned], ["a red square"])
+    torch.testing.assert_close(features, features[:1].expand(3, -1))
 
 
 def test_a_text_of_clip_ends_with_the_token_that_is_read(clip: Path) -> None:
@@ -435,6 +457,39 @@ def test_a_reproduction_trains_what_is_missing_and_reports(
     assert "`python scripts/reproduce.py table1 --data cifar10 --budget gpu`" in report.read_text()
 
 
+def test_the_test_split_is_read_anew_by_each_evaluation(tiny: Path) -> None:
+    training = plan_trainings(["fig5"], "cifar10", ["tiny"], tiny)[0]
+    recipe = training.recipe(tiny)
+    recipe.training["per_device_eval_batch_size"] = 4
+    batches, state = reproduction._test_batches(training, recipe), torch.get_rng_state()
+    first, second = list(batches), list(batches)
+    assert [len(batch["labels"]) for batch in first] == [4, 4, 2] and state.equal(torch.get_rng_state())
+    for one, other in zip(first, second, strict=True):
+        assert one["pixel_values"].equal(other["pixel_values"]) and one["labels"].equal(other["labels"])
+
+
+def test_table2_is_of_the_last_split_and_of_the_wanted_steps_alone() -> None:
+    grid = [(steps, scale) for scale in (1.0, 1.5) for steps in (1, 20)]
+    scores = [
+        {
+            "split": "validation",
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "top1": steps / 100 + scale / 10,
+        }
+        for steps, scale in grid
+    ]
+    run = {"scores": scores, "best": {}}
+    _, rows = table2({"ImageNet": {"tdd": [run]}})
+    assert [row[4] for row in rows] == ["30.00", "35.00"]
+    assert score_at(run, "validation", 1, 1.5) == 0.16
+    with pytest.raises(ValueError, match="must have 10 steps and the guidance scale 1 on 'validation', got 1 and 1.0"):
+        score_at(run, "validation", 10, 1.0)
+    with pytest.raises(ValueError, match="on 'test', got none"):
+        score_at(run, "test", 20, 1.0)
+    assert score_at({"scores": [{"split": "test", "top1": 0.5}]}, "test", 20, 1.5) == 0.5  # MDD has no steps
+
+
 def test_trainings_side_by_side_end_with_the_program(tmp_path: Path) -> None:
     """They once went on when the program was killed, beside those of the next command."""
     program = tmp_path / "program.py"
@@ -484,8 +539,13 @@ def test_captions_have_a_plan_and_elements_of_their_own(
     with pytest.raises(SystemExit, match="table1: emoji has table3, fig7, fig9, fig10"):
         reproduce.main()
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table1", "--settings", "warm"])
-    with pytest.raises(SystemExit, match="--settings warm: cifar10 has frozen, scratch, frozen_10, "):
+    with pytest.raises(SystemExit, match="--settings warm: cifar10 has frozen, scratch, scratch_all, frozen_10, "):
         reproduce.main()
+    unused = ["--settings", "x", "--budget", "gpu", "--jobs", "4"]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table3", "--data", "emoji", "--plan", *unused])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "the captions of emoji do not use --budget, --settings, --jobs" in capsys.readouterr().err
 
 
 def test_every_recipe_of_the_reproduction_is_valid() -> None:

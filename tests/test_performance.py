@@ -2,8 +2,10 @@
 """What makes the loops fast must not change what they compute, and must not be lost: a slow loop as the reference,
 compiled steps, and the work of a step as PyTorch's profiler counts it."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +389,25 @@ def test_table_of_a_benchmark() -> None:
     lines = format_benchmark(rows).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["one", "10.0", "1.00", "80.0", "1.00"]
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["two", "-", "-", "20.0", "4.00"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["step", "--output", "x", "--batch-sizes", "3"], "step does not use --batch-sizes, --output"),
+        (["train", "--compile"], "train does not use --compile"),
+        (["growth", "--dtype", "bfloat16", "--repeats", "3"], "growth does not use --dtype, --repeats"),
+    ],
+)
+def test_arguments_without_effect_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], unused: str
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    import benchmark
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments()
+    assert unused in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "classify", "--compile", "--repeats", "3"])
+    assert benchmark.parse_arguments().compile

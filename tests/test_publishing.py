@@ -23,7 +23,7 @@ from transformers import ViTImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDProcessor
 from modeling_tdd.evaluation.step_curves import score_table
-from modeling_tdd.publishing.model_card import eval_results, read_runs
+from modeling_tdd.publishing.model_card import eval_results, make_card, read_runs
 
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +269,15 @@ def test_card_of_a_classifier(
     (folder / "README.md").unlink()
     code, output = author.run(PUBLISH, folder, "--dry-run")
     assert code == 0 and "learning rate 0.25, weight" in ModelCard.load(folder / "README.md").text, output
+
+
+def test_card_of_a_method_without_steps() -> None:
+    folder = ROOT / "docs/results/digits/mdd-seed0"
+    results, config = read_runs(folder), json.loads((folder / "config.json").read_text())
+    card = make_card(results, config, 1_000, "mdd", num_steps=10)
+    [metric] = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
+    [entry] = results[0]["scores"]
+    assert metric == {"type": "accuracy", "value": round(100 * entry["top1"], 2), "name": "top1"}
 
 
 def test_a_card_written_by_hand_is_kept_and_published(run_folder: Path, hub: HubServer, author: Client) -> None:

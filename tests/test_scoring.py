@@ -12,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from test_pipeline import WORDS, make_tokenizer
+from tokenizers import normalizers
 from transformers import ViTConfig, ViTImageProcessor
 
 from modeling_tdd import TDDForCaptioning, TDDForImageClassification, TDDProcessor
@@ -81,6 +82,36 @@ def test_labels_are_matched_by_name(classifier: str) -> None:
         references_of(make_data("label", [5] * 6, Value("int64")), model)
     with pytest.raises(ValueError, match="needs a column label; it has image, caption"):
         references_of(make_data("caption", ["a"] * 6, Value("string")), model)
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"), [([1, 2, 1, 2, 3, 1], Value("int64")), (["1", "2", "1", "2", "3", "1"], Value("string"))]
+)
+def test_labels_without_names_are_matched_as_training_names_them(
+    make_model: Callable[..., TDDForImageClassification], values: list, feature: Value
+) -> None:
+    model = make_model(num_labels=3, id2label=dict(enumerate("123")))
+    assert references_of(make_data("label", values, feature), model) == [0, 1, 0, 1, 2, 0]
+    with pytest.raises(ValueError, match="does not know these labels of the data: 0"):
+        references_of(make_data("label", [type(values[0])(0), *values[1:]], feature), model)
+
+
+def test_words_are_labels(classifier: str) -> None:
+    model, _ = load_checkpoint(classifier)
+    assert references_of(make_data("label", list("abcdea"), Value("string")), model) == [0, 1, 2, 3, 4, 0]
+
+
+def test_references_of_a_lower_case_captioner_are_lower_case(captioner: str) -> None:
+    """As in training with `lower_case`."""
+    model, processor = load_checkpoint(captioner)
+    data = make_data("caption", [""] * 6, Value("string"))
+    captions = [caption.upper() for caption in predict(model, processor, data, 6, num_inference_steps=2)]
+    data, grid = make_data("caption", captions, Value("string")), [{"num_inference_steps": 2}]
+    for normalizer, right in ((normalizers.NFC(), captions.count("")), (normalizers.Lowercase(), 6)):
+        processor.tokenizer.backend_tokenizer.normalizer = normalizer
+        processor.save_pretrained(captioner)
+        [entry] = score_checkpoint(captioner, data, "validation", grid)["scores"]
+        assert entry["exact_match"] == pytest.approx(right / 6)
 
 
 def test_the_baseline_has_no_noise_and_its_classifier_no_steps(

@@ -74,6 +74,9 @@ def test_imagenet_recipe_is_the_papers(arguments: Callable):
     process = {"loss_weighting": "alpha_bar", "input_weighting": "none", "noise_schedule": "cosine"}
     process |= {"label_smoothing": 0.1, "num_inference_steps": 20}
     assert recipe.model.items() >= process.items()
+    # The best epoch of Table 1 is found by the evaluations, each of whose weights are saved
+    assert (training.load_best_model_at_end, training.metric_for_best_model) == (True, "top1")
+    assert training.greater_is_better and training.save_steps == training.eval_steps == 0.02
     assert augmentation.auto_augment == "rand-m9-mstd0.5-inc1"
     assert (augmentation.re_prob, augmentation.re_mode, augmentation.re_count) == (0.25, "pixel", 1)
     assert build_mixup(augmentation, 1000) is None
@@ -173,6 +176,8 @@ def test_overrides_change_nested_values():
         ("task=detection", "`task` of .*digits.yaml must be one of classification, captioning, encoder, got 'detect"),
         ("feature_views=2", "Unknown keys in `recipe`: feature_views"),
         ("data.eval_share=1", r"`data.eval_share` must be 0, or in \(0, 1\) .*, got 1"),
+        ("data.eval_splits=[]", r"`data.eval_splits` must name other splits .* `data.eval_share` holds .*, got \[\]"),
+        ("data.eval_splits=[train]", r"`data.eval_splits` must name other splits than .*, got \['train'\]"),
         ("lora={rank: 0}", "`lora.rank` must be at least 1, got 0"),
         ("lora={rank: 1, target: head}", "`lora.target` must be one of denoiser, encoder, all, got 'head'"),
         ("checkpoint=some", "`image_processor` must be empty: the checkpoint or the encoder brings its own"),
@@ -288,7 +293,7 @@ def test_the_methods_follow_from_the_recipe(make_model: Callable, tmp_path: Path
     assert methods_of(recipe_with("encoder")) == ["encoder"]
     assert methods_of(recipe_with("captioning")) == ["tdd", "mdd", "uniform", "ar", "nearest"]
     # The nearest picture is found by cached features of a trained encoder
-    for changes in (["encoder=null"], ["data.streaming=true", "data.num_examples=9"]):
+    for changes in (["encoder=null"], ["data.streaming=true", "data.num_examples=9", "feature_views=1"]):
         assert methods_of(recipe_with("captioning", *changes)) == ["tdd", "mdd", "uniform", "ar"]
     make_model(corruption="mask").save_pretrained(tmp_path)
     assert methods_of(load_recipe(ROOT / "scripts/recipes/finetune.yaml", [f"checkpoint={tmp_path}"])) == ["mdd"]
@@ -497,7 +502,31 @@ def test_a_run_is_resumed_with_the_same_settings_alone(tmp_path: Path):
         check("model.label_smoothing=0.2")
     with pytest.raises(ValueError, match="recipe.training.adam_beta2 was None, is 0.95"):
         check("training.adam_beta2=0.95")
+    # Evaluation splits are no free settings: they say which images are trained on
+    with pytest.raises(ValueError, match="recipe.data.eval_share was 0.0, is 0.25"):
+        check("data.eval_share=0.25")
+    with pytest.raises(ValueError, match=r"recipe.data.eval_splits was \['validation'\], is \['test'\]"):
+        check("data.eval_splits=[test]")
     assert file.read_text() == before
+    old = {name: value for name, value in json.loads(before).items() if not name.startswith("recipe.data.eval_")}
+    file.write_text(json.dumps(old))  # of an earlier version
+    check("data.eval_splits=[test]")
+    with pytest.raises(ValueError, match="recipe.model.label_smoothing was 0.1, is 0.2"):
+        check("model.label_smoothing=0.2")
+
+
+def test_a_finished_run_with_other_settings_is_no_result(run_train: Callable, tmp_path: Path):
+    scores = [{"split": "validation", "top1": 0.5}]
+    result = {"method": "mdd", "seed": 0, "recipe": load_recipe(DIGITS).to_dict(), "scores": scores}
+    write_json(tmp_path / "outputs/digits/mdd-seed0/result.json", result)
+    free = ("training.dataloader_num_workers=3", "training.eval_steps=7", "evaluation.num_inference_steps=[3]")
+    output = run_train("digits", "--methods", "mdd", "--set", *free).out
+    assert "mdd-seed0 is done already." in output and "50.00" in output
+    message = (
+        "mdd-seed0 is a run with other settings: recipe.model.loss_weighting was alpha_bar, is none. .* or remove"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_train("digits", "--methods", "mdd", "--set", "model.loss_weighting=none")
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path: Path, make_model: Callable):

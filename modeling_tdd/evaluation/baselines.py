@@ -161,8 +161,9 @@ class WordClassifier(TDDPreTrainedModel):
         self.head = nn.Linear(self.model.encoder_hidden_size, config.num_labels)
         self.post_init()
         nn.init.zeros_(self.head.weight)
-        # Most words are rare. With another bias the first epochs would only learn the frequencies.
-        self.head.bias.data.copy_(torch.logit(frequencies))
+        # Most words are rare. With another bias the first epochs would only learn the frequencies. The logit of a word
+        # in all captions, or in none, would be infinite.
+        self.head.bias.data.copy_(torch.logit(frequencies.clamp(1e-6, 0.999)))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         logits = self.head(self.model.get_image_features(pixel_values).pooler_output[:, 0])

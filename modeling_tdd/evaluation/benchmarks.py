@@ -233,6 +233,12 @@ def step_jobs() -> dict[str, dict[str, Job]]:
 
 
 BENCHMARKS = {"classify": classify_jobs, "caption": caption_jobs, "train": train_jobs}
+# Arguments of `scripts/benchmark.py` that have no effect on a benchmark
+UNUSED = {
+    "train": ("compile",),
+    "step": ("batch_sizes", "device", "dtype", "compile", "output"),
+    "growth": ("batch_sizes", "dtype", "compile", "repeats"),
+}
 
 
 def run_benchmark(

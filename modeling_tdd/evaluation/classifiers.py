@@ -42,14 +42,14 @@ def collect_probabilities(
 
 
 def describe_steps(
-    model: TDDForImageClassification, batches: list[dict[str, Tensor]], num_steps: int = NUM_STEPS
+    model: TDDForImageClassification, batches: Iterable[dict[str, Tensor]], num_steps: int = NUM_STEPS
 ) -> tuple[dict[str, Any], np.ndarray]:
     r"""
     Describes each step of one denoising loop on a split.
 
     Args:
         model ([`TDDForImageClassification`]): A classifier of TDD or MDD. MDD has one step and no noise.
-        batches (`list[dict[str, torch.Tensor]]`): Batches of `pixel_values` and `labels`.
+        batches (`Iterable[dict[str, torch.Tensor]]`): Batches of `pixel_values` and `labels`.
         num_steps (`int`, *optional*, defaults to 20): Steps of the loop.
 
     Returns:
@@ -69,10 +69,10 @@ def describe_steps(
 
 
 def describe_draws(
-    model: TDDForImageClassification, batches: list[dict[str, Tensor]], num_steps: int = NUM_STEPS
+    model: TDDForImageClassification, batches: Iterable[dict[str, Tensor]], num_steps: int = NUM_STEPS
 ) -> dict[str, Any]:
     """What other draws give: `samples`, as in [`describe_steps`] from four draws of the noise, and `softmax_top1`, by
-    sampling from the softmax. Empty for MDD, and without the latter for regression."""
+    sampling from the softmax. Empty for MDD, and without the latter for regression. The batches are read twice."""
     if not denoises(model):
         return {}
     settings: dict[str, Any] = {"num_inference_steps": num_steps}

@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling_tdd authors. Licensed under the Apache License, Version 2.0.
 """Tables and the plot of what `constraints.py` measures: means and standard deviations over seeds."""
 
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from .constraints import COVERAGES, NUM_CANDIDATES
 from .figures import Panel, plot_panels, save_figure
 from .tables import markdown_table, mean_and_spread
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Results = dict[str, list[dict[str, Any]]]
 TABLES = {
@@ -42,6 +46,34 @@ def group_by_method(results: dict[str, dict[str, Any]]) -> Results:
     for name, result in results.items():
         groups[re.sub(r"-seed\d+$", "", name)].append(result)
     return dict(groups)
+
+
+def read_measured(file: Path, measured: dict[str, Any], splits: "dict[str, Dataset]") -> dict[str, Any]:
+    r"""
+    Reads what [`measure_captioner`] measured before.
+
+    Args:
+        file (`Path`): A JSON file of it, with what it was measured on as `"measured"`.
+        measured (`dict`): What it has to have been measured on: folder, data, splits and number of images.
+        splits (`dict[str, Dataset]`): The images of each split. Their number is all that can be compared in a file of
+            an earlier version, which has no `"measured"`.
+
+    Returns:
+        `dict`: the result, without `"measured"`.
+
+    Raises:
+        `ValueError`: if it was measured on something else.
+    """
+    result = json.loads(file.read_text())
+    wanted, found = measured, result.pop("measured", None)
+    if found is None:
+        wanted = {name: len(rows) for name, rows in splits.items()}
+        found = {name: value["images"] for name, value in result.items() if isinstance(value, dict)}
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        differences = "; ".join(f"{name} was {found.get(name)}, is {wanted.get(name)}" for name in names)
+        raise ValueError(f"{file} was measured on something else: {differences}. Use another --output-dir.")
+    return result
 
 
 def write_reports(results: dict[str, dict[str, Any]], output_dir: Path) -> str:

@@ -93,7 +93,8 @@ def measure_step(
     batch = {"labels": torch.randint(config.num_categories, shape, device=device)}
     batch["pixel_values"] = torch.randn(images, model.model.encoder_layout.num_channels, *size, device=device)
     if config.freeze_encoder:  # training reads the features from disk
-        batch["image_features"] = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
+        features = model.model.get_image_features(batch["pixel_values"])
+        model.model.get_image_features = lambda *_, **__: features
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

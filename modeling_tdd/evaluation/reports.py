@@ -35,10 +35,17 @@ def read_evaluations(folders: Iterable[Path]) -> Evaluations:
 
 
 def score_at(run: dict[str, Any], split: str, steps: int, scale: float) -> float:
-    """The top-1 of a run in its table. MDD has no steps."""
+    """The top-1 of a run in its table. MDD has no steps. Raises a `ValueError` if the run was not scored like that."""
     rows = [row for row in run["scores"] if row["split"] == split]
-    wanted = [row for row in rows if (row.get("num_inference_steps"), row.get("guidance_scale")) == (steps, scale)]
-    return (wanted or rows)[0]["top1"]
+    found = [(row.get("num_inference_steps"), row.get("guidance_scale")) for row in rows]
+    if found == [(None, None)]:
+        return rows[0]["top1"]
+    if (steps, scale) not in found:
+        raise ValueError(
+            f"The scores must have {steps} steps and the guidance scale {scale:g} on {split!r}, got "
+            f"{', '.join(f'{count} and {value}' for count, value in found) or 'none'}."
+        )
+    return rows[found.index((steps, scale))]["top1"]
 
 
 def best_guidance(runs: list[dict[str, Any]]) -> float:
@@ -79,7 +86,8 @@ def table1(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
 
 
 def table2(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
-    """The ablations, each on the test split at 20 steps, with the guidance scale that is best on validation."""
+    """The ablations, each on the test split, which is the last one that a run was scored on, at 20 steps, with the
+    guidance scale that is best on validation."""
     rows = []
     for setting, variants in evaluations.items():
         for variant, runs in variants.items():
@@ -89,7 +97,7 @@ def table2(evaluations: Evaluations) -> tuple[list[str], list[list[str]]]:
                 f"guidance {scale:g} (best on validation)": scale,
             }.items():
                 if guidance != 1 or label.startswith("guidance 1 (none)"):
-                    values = [score_at(run, "test", STEPS, guidance) for run in runs]
+                    values = [score_at(run, run["scores"][-1]["split"], STEPS, guidance) for run in runs]
                     paper = VARIANTS[variant].paper_top1
                     rows.append(
                         [

@@ -46,7 +46,8 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[Model, Processor]:
 
 def references_of(data: "Dataset", model: Model) -> list[int] | list[list[str]]:
     """The labels or the reference captions of images, from the column `label` for a classifier, and from `caption` or
-    `captions` for a captioner. Labels are matched with the classifier's by name where the data has names.
+    `captions` for a captioner. Labels are matched with the classifier's by their names, or by how they are written
+    where the data have no names, as training names them. Integers that are no name of a label are numbers of labels.
 
     Raises:
         `ValueError`: if the column is missing, or if the classifier does not know a label.
@@ -58,13 +59,20 @@ def references_of(data: "Dataset", model: Model) -> list[int] | list[list[str]]:
     values = data[column][:]
     if model.can_generate():
         return [[value] if isinstance(value, str) else value for value in values]
-    if label_names := getattr(data.features[column], "names", None):
-        indices = {name: index for index, name in model.config.id2label.items()}
-        values = [indices.get(label_names[value], label_names[value]) for value in values]
-    unknown = sorted({str(value) for value in values if value not in model.config.id2label})
-    if unknown:
+    names = getattr(data.features[column], "names", None)
+    labels = [str(value) if names is None else names[value] for value in values]
+    indices: dict[str, Any] = {name: index for index, name in model.config.id2label.items()}
+    if names is None and indices.keys().isdisjoint(labels) and set(values) <= model.config.id2label.keys():
+        return values
+    if unknown := sorted(set(labels) - indices.keys()):
         raise ValueError(f"The classifier does not know these labels of the data: {', '.join(unknown)}.")
-    return values
+    return [indices[label] for label in labels]
+
+
+def lower_cases(processor: TDDProcessor) -> bool:
+    """Whether its tokenizer lower-cases texts. Then all captions of the model are lower case."""
+    normalizer = processor.tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str("A") == "a"
 
 
 @torch.inference_mode()
@@ -139,6 +147,8 @@ def score_checkpoint(
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     references = references_of(data, model)
+    if isinstance(processor, TDDProcessor) and lower_cases(processor):  # as training does: the metrics see the case
+        references = [[text.lower() for text in texts] for texts in cast(list[list[str]], references)]
     loaded = [load_metric(name) for name in ("caption_match" if model.can_generate() else "top1", *metrics)]
     scores = []
     for settings in grid:

@@ -4,7 +4,6 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
-from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -78,11 +76,7 @@ def cache_features(
 
 def read_features(model: TDDForImageClassification) -> None:
     """Makes a classifier take cached features of its frozen encoder as its `pixel_values`, in this process alone."""
-
-    def get_image_features(pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=pixel_values)
-
-    model.model.get_image_features = get_image_features
+    model.model.get_image_features = lambda pixel_values, **_: BaseModelOutputWithPooling(pooler_output=pixel_values)
 
 
 def features_fingerprint(model: TDDModel, views: AugmentedViews, dataset: Dataset) -> str:

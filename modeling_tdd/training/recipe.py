@@ -73,8 +73,15 @@ class Recipe:
             raise ValueError("`image_processor` must be empty: the checkpoint or the encoder brings its own.")
         if self.tokenizer and self.checkpoint:
             raise ValueError("`tokenizer` must be empty: the checkpoint brings its own.")
-        if self.feature_views < 1 or (self.feature_views > 1 and not self.model.get("freeze_encoder")):
-            raise ValueError(f"`feature_views` above 1 needs `model.freeze_encoder`, got {self.feature_views}.")
+        is_cached = self.model.get("freeze_encoder") and not self.data.streaming
+        if self.feature_views < 1 or (self.feature_views > 1 and not is_cached):
+            needed = "`model.freeze_encoder` and no `data.streaming`"
+            raise ValueError(f"`feature_views` above 1 needs {needed}, got {self.feature_views}.")
+        if self.task == "encoder" and self.data.streaming:
+            raise ValueError("`data.streaming` must be false for an encoder, which counts the words of all captions.")
+        if not self.data.eval_share and self.data.train_split in (self.data.eval_splits or [self.data.train_split]):
+            needed = "other splits than `data.train_split`, unless `data.eval_share` holds out a share of that"
+            raise ValueError(f"`data.eval_splits` must name {needed}, got {self.data.eval_splits}.")
         types = _types_of(TDDTrainingArguments)
         _check_values("training", self.training, {name: types[name] for name in types if name not in OF_THE_COMMAND})
         # The types of a configuration's fields are its own matter: it checks them when it is made.

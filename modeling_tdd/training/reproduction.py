@@ -2,13 +2,14 @@
 """The trainings that the paper's tables and figures need, and their evaluation on the test split."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..evaluation.claims import CLASSIFIER_ELEMENTS, SETTINGS, VARIANTS, Setting
 from ..evaluation.classifiers import NUM_STEPS, collect_probabilities, describe_draws, describe_steps
@@ -81,7 +82,7 @@ def evaluate_trainings(trainings: Iterable[Training], recipes: Path) -> None:
         if file.exists() or not training.is_done:
             continue
         recipe = training.recipe(recipes)
-        batches = list(_test_batches(training, recipe))
+        batches = _test_batches(training, recipe)
         training_folder = training.folder.with_name(f"{training.folder.name}-training")
         report: dict[str, Any] = {}
         for name, folder in (("best", training.folder), ("last", last_complete_checkpoint(training_folder))):
@@ -129,12 +130,11 @@ def _load(folder: str | Path, has_features: bool) -> TDDForImageClassification:
     return model
 
 
-def _test_batches(training: Training, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
+def _test_batches(training: Training, recipe: Recipe) -> DataLoader:
+    """Batches of the test split, which are read anew each time: those of ImageNet do not fit into the memory."""
     task = make_task(recipe, training.method, training.folder.parent / "features")
     rows, size = task.eval_data[recipe.data.eval_splits[-1]], recipe.training.get("per_device_eval_batch_size", 64)
-    for start in range(0, len(rows), size):
-        columns = rows[start : start + size]
-        yield task.eval_collator([dict(zip(columns, values)) for values in zip(*columns.values())])
+    return DataLoader(rows, size, collate_fn=task.eval_collator, generator=torch.Generator())  # not that of the noise
 
 
 @torch.inference_mode()

@@ -17,20 +17,25 @@ from .folders import new_folder, write_json
 
 # Fields of `training` that may differ between a run and its resumption, by how their names begin
 FREE_SETTINGS = ("cpu_threads", "dataloader_", "eval_", "logging_", "max_skipped", "report_to", "save_")
+FREE_KEYS = ("scores", *(f"recipe.training.{name}" for name in FREE_SETTINGS))
 
 
 def check_same_run(file: Path, run: dict[str, Any]) -> None:
-    """Writes a run's settings to `file` when it starts. Raises a `ValueError` if it is resumed with other ones."""
+    """Writes a run's settings to `file` when it starts. Raises a `ValueError` if it is resumed with other ones, or if
+    it has ended with other ones, which its result.json holds."""
     settings = json.loads(json.dumps(dict(_flatten(run))))  # as JSON reads them back: a tuple is a list
     if not file.exists():
         return write_json(file, settings)
-    started = json.loads(file.read_text())
-    names = sorted(name for name in started.keys() | settings if started.get(name) != settings.get(name))
+    started = dict(_flatten(json.loads(file.read_text())))
+    # Files of earlier versions lack the evaluation splits
+    compared = started.keys() | {name for name in settings if not name.startswith("recipe.data.eval_")}
+    names = sorted(name for name in compared if started.get(name) != settings.get(name))
     if names:
         differences = "; ".join(f"{name} was {started.get(name)}, is {settings.get(name)}" for name in names)
+        way_out = "remove the folder" if file.name == "result.json" else "--restart, which removes the checkpoints"
         raise ValueError(
             f"{file.parent} is a run with other settings: {differences}. Use the same settings, another --output-dir, "
-            "or --restart, which removes the run's checkpoints."
+            f"or {way_out}."
         )
 
 
@@ -39,7 +44,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     for name, value in tree.items():
         if isinstance(value, dict) and name != "evaluation":
             yield from _flatten(value, f"{prefix}{name}.")
-        elif name != "evaluation" and not name.startswith(FREE_SETTINGS):
+        elif name != "evaluation" and not f"{prefix}{name}".startswith(FREE_KEYS):
             yield f"{prefix}{name}", value
 
 

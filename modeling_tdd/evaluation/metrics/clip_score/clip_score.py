@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import datasets
 import evaluate
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -57,7 +57,7 @@ class ClipScore(evaluate.Metric):
         length = clip.config.text_config.max_position_embeddings
 
         def see(batch: list[Image.Image]) -> Tensor:
-            pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
+            pixels = processor(images=[to_rgb(image) for image in batch], return_tensors="pt")["pixel_values"]
             return clip.get_image_features(pixel_values=pixels).pooler_output
 
         def read(batch: list[str]) -> Tensor:
@@ -75,6 +75,16 @@ class ClipScore(evaluate.Metric):
         images, texts = self.embed(model, references, predictions, batch_size)
         scores = (images * texts).sum(-1)
         return {"clip_score": scores.mean().item(), "clip_scores": scores.tolist()}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright as its EXIF data say, and on white where it is transparent, as the captioners see it. The package does
+    the same, which this module does not need."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def in_batches(encode: Callable[[list], Tensor], inputs: Iterable, batch_size: int) -> Tensor:
