@@ -41,12 +41,13 @@ def main() -> None:
     if recipe.task != "captioning" or recipe.checkpoint is None or recipe.lora is not None:
         raise SystemExit(f"{args.recipe} must have the task captioning, a `checkpoint`, the teacher, and no `lora`.")
     folder = args.output_dir or Path("outputs") / recipe.name / f"student-seed{args.seed}"
-    if (folder / "result.json").exists():
-        raise SystemExit(f"{folder} is done already.")
     training_folder = folder.with_name(f"{folder.name}-training")
     arguments = TDDTrainingArguments(**{"output_dir": str(training_folder), "seed": args.seed, **recipe.training})
     teacher_settings = {"num_inference_steps": args.teacher_steps, "guidance_scale": args.teacher_guidance}
     run = {"steps": args.steps, "teacher": teacher_settings, "seed": args.seed, "recipe": recipe.to_dict()}
+    if (folder / "result.json").exists():
+        check_same_run(folder / "result.json", run)
+        raise SystemExit(f"{folder} is done already.")
     check_same_run(training_folder / "run.json", run)
     set_seed(args.seed)
     task = make_task(recipe, "tdd", folder.parent / "features")

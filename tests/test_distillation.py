@@ -62,14 +62,17 @@ def test_a_student_learns_the_captions_of_its_teachers_loop(
     assert before < 0.2 and after > 0.8, f"{before:.2f} before, {after:.2f} after"
 
 
-@pytest.mark.parametrize("timestep_sampling", ["shared", "per_token"])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    ("timestep_sampling", "steps", "expected"),
+    [("shared", 1, {20}), ("shared", 2, {20, 10}), ("per_token", 1, {20}), ("per_token", 2, {20, 1})],
+)
 def test_only_the_timesteps_of_the_short_loop_are_trained(
     make_captioner: Callable[..., TDDForCaptioning],
     pixel_values: Tensor,
     tmp_path: Path,
-    steps: int,
     timestep_sampling: str,
+    steps: int,
+    expected: set,
 ) -> None:
     teacher = make_captioner(timesteps_per_image=3, timestep_sampling=timestep_sampling)
     student, seen = make_student(teacher, steps), set()
@@ -101,7 +104,7 @@ def test_only_the_timesteps_of_the_short_loop_are_trained(
     labels = torch.tensor([[5, 2]] * 4)
     for _ in range(4):
         assert trainer.compute_loss(student.train(), {"pixel_values": pixel_values, "labels": labels}).requires_grad
-    assert seen == in_loop
+    assert seen == in_loop == expected
 
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -128,4 +131,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     student = TDDForCaptioning.from_pretrained(tmp_path / "out/student")
     assert student.generation_config.num_inference_steps == 1
     with pytest.raises(SystemExit, match="is done already"):
+        distill.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "2"])
+    with pytest.raises(ValueError, match="student is a run with other settings: steps was 1, is 2"):
         distill.main()

@@ -161,6 +161,7 @@ def test_captions_are_padded_and_truncated_as_wanted(processor: TDDProcessor) ->
     assert len(plain[0]) == len(plain[1]) == 4 and plain[0][-1] == end
     wide = processor(captions=captions, padding="max_length", max_length=6)["labels"]
     assert wide == [[*row, pad, pad] for row in plain]
+    assert processor(text="a", captions=captions, padding="max_length", max_length=6)["labels"] == wide
     assert processor(captions=captions, max_length=3, truncation=True)["labels"] == [
         [*plain[0][:2], end],
         plain[1][:3],

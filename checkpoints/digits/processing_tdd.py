@@ -23,9 +23,7 @@ logger = logging.get_logger(__name__)
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 MAX_CHOICES = 4096  # combinations, each of which is scored
 Choices = dict[Any, list[str]] | list[str]
-# Arguments of a tokenizer
-PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-LAYOUT = ("truncation", "max_length", "pad_to_multiple_of")
+PADDING = ("padding", "max_length", "pad_to_multiple_of", "padding_side")  # arguments of a tokenizer
 
 
 def combine(infill: str | None, choices: Choices, mask_token: str | None) -> list[str]:
@@ -209,9 +207,10 @@ class TDDProcessor(ProcessorMixin):
             raise ValueError("Give a prompt (`text`), or an infilling (`infill`) or `choices`, not both.")
         merged: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
-        layout = {name: merged["text_kwargs"].get(name) for name in LAYOUT}
-        if text is None and captions is None and (given := [name for name in LAYOUT if layout[name]]):
-            raise ValueError(f"`{given[0]}` is for `text` and `captions`, which are not given.")
+        if text is None and captions is None:
+            for name in ("truncation", "max_length", "pad_to_multiple_of"):
+                if merged["text_kwargs"].get(name):
+                    raise ValueError(f"`{name}` is for `text` and `captions`, which are not given.")
         data: dict[str, Any] = {}
         num_images = None
         if images is not None:
@@ -230,7 +229,7 @@ class TDDProcessor(ProcessorMixin):
             data.update(self._encode_infilling(infill))
         if captions is not None:
             captions = self._to_list("captions", captions, num_images)
-            data["labels"] = self._encode_captions(captions, merged["text_kwargs"].get("padding", True), **layout)
+            data["labels"] = self._encode_captions(captions, merged["text_kwargs"])
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
@@ -296,28 +295,27 @@ class TDDProcessor(ProcessorMixin):
     def _encode_prompts(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
         prompts = [self._check_words(prompt) for prompt in prompts]
         # Padding and truncation of a fast tokenizer are switches on the one object, which threads may share
-        layout = {name: text_kwargs.pop(name) for name in PADDING if name in text_kwargs}
-        is_truncated = text_kwargs.pop("truncation", None) not in (None, False, "do_not_truncate")
-        encoded = self.tokenizer(prompts, verbose=False, **text_kwargs)
+        layout, max_length = self._layout(text_kwargs)
+        others = {name: value for name, value in text_kwargs.items() if name not in (*PADDING, "truncation")}
+        encoded = self.tokenizer(prompts, verbose=False, **others)
         if not any(prompts):
             # Transformers' pipelines collate `input_ids`: a column of padding that nothing attends to.
             columns = {"input_ids": [[self.tokenizer.pad_token_id]], "attention_mask": [[0]]}
             return {name: column * len(prompts) for name, column in columns.items()}
         rows = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        if is_truncated:
-            length = layout.get("max_length") or self.tokenizer.model_max_length
-            kept = slice(-length, None) if self.tokenizer.truncation_side == "left" else slice(length)
+        if max_length is not None:
+            kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
             rows = {name: [row[kept] for row in values] for name, values in rows.items()}
         return dict(self.tokenizer.pad(rows, verbose=False, **layout))
 
-    def _encode_captions(
-        self,
-        captions: list[str],
-        padding: bool | str,
-        truncation: bool | str | None,
-        max_length: int | None,
-        pad_to_multiple_of: int | None,
-    ) -> list[list[int]]:
+    def _layout(self, text_kwargs: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+        """The arguments of `tokenizer.pad`, and the length to truncate to, or `None`."""
+        layout = {name: text_kwargs[name] for name in PADDING if name in text_kwargs}
+        if text_kwargs.get("truncation") in (None, False, "do_not_truncate"):
+            return layout, None
+        return layout, layout.get("max_length") or self.tokenizer.model_max_length
+
+    def _encode_captions(self, captions: list[str], text_kwargs: dict[str, Any]) -> list[list[int]]:
         """Tokens with their end, which truncation leaves, and padding on the right: a caption begins at place 0."""
         rows = self._encode(captions)
         empty = [index for index, row in enumerate(rows) if not row]
@@ -329,11 +327,11 @@ class TDDProcessor(ProcessorMixin):
                 f"Captions longer than {room} tokens and an end are truncated (`tokenizer.model_max_length`). "
                 "This warning is shown once."
             )
-        if max_length and truncation not in (None, False, "do_not_truncate"):
+        layout, max_length = self._layout(text_kwargs)
+        if max_length is not None:
             room = min(room, max_length - 1)
         encoded = {"input_ids": [[*row[:room], self.tokenizer.eos_token_id] for row in rows]}
-        layout = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
-        return self.tokenizer.pad(encoded, padding_side="right", verbose=False, **layout)["input_ids"]
+        return self.tokenizer.pad(encoded, verbose=False, **{**layout, "padding_side": "right"})["input_ids"]
 
     def _encode_infilling(self, texts: list[str]) -> dict[str, list[list[int]]]:
         mask_token = self.tokenizer.mask_token_id
