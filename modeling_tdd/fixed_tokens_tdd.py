@@ -174,9 +174,10 @@ def likeliest_alternatives(
     advantage[..., config.pad_token_id] = float("-inf")  # a caption that pads here reads as one that ends here
     is_closed = fixed.mask | follows_end(captions, end_tokens(config))
     advantage = advantage.masked_fill(is_closed[..., None], float("-inf"))
+    is_known = torch.ones_like(captions, dtype=torch.bool)
     for banned in config.bad_words_ids or []:  # which the caption's own tokens beside it may complete
         for index, token in enumerate(banned):
-            completes = completes_sequence(banned, index, captions, torch.ones_like(captions, dtype=torch.bool))
+            completes = completes_sequence(banned, index, captions, is_known)
             advantage[..., token] = advantage[..., token].masked_fill(completes, float("-inf"))
     best = advantage.flatten(1).topk(min(number, num_places * num_tokens), dim=-1)
     if len(best.values[0]) < number or best.values.isneginf().any():

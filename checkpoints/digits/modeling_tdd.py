@@ -654,11 +654,10 @@ class TDDForImageClassification(TDDPreTrainedModel):
         if labels is not None:
             self._check_labels(labels, features.shape[0])
         if self.model.denoiser is None:
-            draws = {"timesteps": timesteps, "noise": noise, "generator": generator}
-            refuse_given("masked diffusion of one token draws nothing", **draws)
-            refuse_given(
-                "masked diffusion of one token has no denoiser", **{name: kwargs.get(name) for name in RECORDS}
-            )
+            reason = "masked diffusion of one token draws nothing"
+            refuse_given(reason, timesteps=timesteps, noise=noise, generator=generator)
+            recorded = {name: kwargs.get(name) for name in RECORDS}
+            refuse_given("masked diffusion of one token has no denoiser", **recorded)
             return self._classify_directly(features, labels, output_trajectory)
         prefix = self.model.connector(features)
         if is_loss_only:

@@ -597,11 +597,11 @@ class TokenLogitsProcessor:
             return logits
         tokens = torch.cat([before, state.tokens[:, place:]], dim=1)
         is_known = torch.cat([torch.ones_like(before, dtype=torch.bool), state.is_final[:, place:]], dim=1)
+        logits = logits.clone()
         for words in self.bad_sequences:
-            for index in range(len(words) - 1):
+            for index, word in enumerate(words[:-1]):
                 completes = completes_sequence(words, index, tokens, is_known)[:, place]
-                is_word = torch.arange(logits.shape[-1], device=logits.device) == words[index]
-                logits = logits.masked_fill(completes[:, None] & is_word, float("-inf"))
+                logits[:, word] = logits[:, word].masked_fill(completes, float("-inf"))
         return logits
 
 
